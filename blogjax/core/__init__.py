@@ -1,0 +1,1 @@
+"""Leaf mathematics that every other package may import; this one imports jax only."""
