@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from blogjax.core import broadcasting, masked, random
+from blogjax.core import broadcasting, masked, norms, random
 
 
 def test_per_example_refuses_what_would_broadcast_by_accident():
@@ -67,3 +67,10 @@ def test_split_keys_gives_independent_streams(key):
 def test_keys_that_do_not_lead_the_shape_are_refused(key):
     with pytest.raises(ValueError, match=r"\(3,\).*\(4, 2\)"):
         random.normal(random.fold_in_rows(key, jnp.arange(3)), (4, 2))
+
+
+def test_global_norm_sums_bfloat16_leaves_in_float32():
+    tree = {"a": jnp.full(4096, 0.1, jnp.bfloat16), "b": jnp.full((2, 3), -2.0)}
+    expected = np.sqrt(4096 * float(jnp.bfloat16(0.1)) ** 2 + 6 * 4.0)
+    np.testing.assert_allclose(norms.global_norm(tree), expected, rtol=1e-6)
+    assert norms.global_norm({}) == 0

@@ -1,0 +1,63 @@
+# make train | test | check | slow | lock | bench | readme; each makes .venv first if need be.
+# PY=python3.12 chooses the interpreter, RUN=runs/b the folder of `make train`.
+PY ?= python3
+RUN ?= runs/ddpm
+BIN := .venv/bin
+PYTHON := $(BIN)/python
+TRAIN := .venv/.train-installed
+TEST := .venv/.test-installed
+
+.PHONY: train test check slow lock bench readme
+.DELETE_ON_ERROR:
+
+train: $(TRAIN)
+	@BLOGJAX_COMMAND='make train$(if $(filter-out runs/ddpm,$(RUN)), RUN=$(RUN))' \
+	  BLOGJAX_AFRESH='make train RUN=runs/b' \
+	  $(PYTHON) -m experiments.ddpm --config=configs/ddpm.py --workdir=$(RUN)
+
+test: $(TEST)
+	$(PYTHON) -m pytest -n 2 -m 'not slow' tests
+
+slow: $(TEST)
+	$(PYTHON) -m pytest -m slow tests
+
+check: $(TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(PYTHON) -m pytest -q --doctest-modules blogjax experiments
+
+readme: $(TEST)
+	$(PYTHON) -m experiments.launch.publish
+
+bench: $(TEST)
+	$(PYTHON) -m benchmarks.start_time
+
+lock: $(TEST)
+	$(BIN)/uv pip compile -q --universal --upgrade --no-annotate --no-header \
+	  --python-version 3.11 --extra train --extra test setup.cfg -o requirements.txt
+
+# The versions of requirements.txt; uv where it can be had, else pip.
+define install
+	@test -x $(PYTHON) || { \
+	  $(PY) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v else \
+	    "error: blogjax needs Python 3.11 or newer, this is %d.%d; try make PY=python3.11" % v[:2])' \
+	  && $(PY) -m venv .venv; }
+	@echo 'installing $(1) into .venv: $(2)'
+	@$(BIN)/pip install -q --disable-pip-version-check uv 2>/dev/null; \
+	if $(BIN)/uv pip install -q --python $(PYTHON) -c requirements.txt -e '$(1)' 2>.venv/.uv.log; then :; \
+	elif $(BIN)/pip install -q --disable-pip-version-check -c requirements.txt -e '$(1)' 2>.venv/.pip.log; then :; \
+	else tail -n 5 .venv/.pip.log >&2; echo 'error: the packages could not be installed. If no package' \
+	  'registry can be reached from here,' >&2; echo 'point pip at a mirror or a folder of wheels' \
+	  '(PIP_INDEX_URL or PIP_FIND_LINKS) and run make again.' >&2; exit 1; fi
+	@$(PYTHON) -c 'import importlib.metadata as m; print("installed:", ", ".join( \
+	  f"{p} {m.version(p)}" for p in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")))'
+	@touch $@
+endef
+
+$(TRAIN): setup.cfg pyproject.toml requirements.txt
+	$(call install,.[train],jax with what trains and draws)
+
+$(TEST): setup.cfg pyproject.toml requirements.txt
+	$(call install,.[train,test],jax with what trains and draws and tests)
+	@touch $(TRAIN)

@@ -1,0 +1,89 @@
+"""The catalogue: one record per post, from the post to its code, experiment and tests. Data only.
+
+Papers are keys of `references.bib`; paths are relative to the repository.
+
+>>> find("S30").title
+'DDPM as an autoregressive VAE'
+"""
+
+import dataclasses
+
+TOTAL_POSTS = 38
+
+
+@dataclasses.dataclass(frozen=True)
+class Post:
+    """One post and everything that was built from it.
+
+    Attributes:
+      slug: row of the plan, `S01` to `S38`.
+      title: the post's subject, in our words.
+      method: the field's name for it.
+      urls: the post, then those it builds on.
+      papers: keys of `references.bib`.
+      modules: files of the library, the method's own first.
+      experiment: the script, or None.
+      config: its config, or None.
+      tests: files that hold the oracles.
+    """
+
+    slug: str
+    title: str
+    method: str
+    urls: tuple[str, ...]
+    papers: tuple[str, ...]
+    modules: tuple[str, ...]
+    experiment: str | None
+    config: str | None
+    tests: tuple[str, ...]
+
+
+POSTS = (
+    Post(
+        slug="S30",
+        title="DDPM as an autoregressive VAE",
+        method="DDPM: noise schedules, denoising loss, exact ELBO",
+        urls=("https://kexue.fm/archives/9152", "https://kexue.fm/archives/9119"),
+        papers=("ho2020denoising", "nichol2021improved", "salimans2022progressive"),
+        modules=(
+            "blogjax/diffusion/gaussian.py",
+            "blogjax/diffusion/schedules.py",
+            "blogjax/diffusion/prediction.py",
+            "blogjax/diffusion/elbo.py",
+            "blogjax/models/unet.py",
+        ),
+        experiment="experiments/ddpm.py",
+        config="configs/ddpm.py",
+        tests=("tests/diffusion/test_elbo.py", "tests/diffusion/test_gaussian.py"),
+    ),
+    Post(
+        slug="S31",
+        title="DDPM as Bayes and denoising; DDIM",
+        method="DDIM: reverse steps between any two times, samplers, inversion",
+        urls=("https://kexue.fm/archives/9164", "https://kexue.fm/archives/9181"),
+        papers=("ho2020denoising", "song2021denoising"),
+        modules=("blogjax/diffusion/sampling.py", "blogjax/diffusion/reverse.py"),
+        experiment="experiments/ddpm.py",
+        config="configs/ddpm.py",
+        tests=("tests/diffusion/test_reverse.py", "tests/diffusion/test_sampling.py"),
+    ),
+)
+
+NEXT = (
+    "the per-device view, a report page and every data source",
+    "Lion, Tiger and the optimiser suite (S01)",
+    "operations on gradients and the first adversarial task (S02, S03)",
+    "multi-task learning (S04 to S06)",
+)
+
+
+def find(slug: str) -> Post:
+    """Returns the post of a row.
+
+    Raises:
+      KeyError: naming the rows there are.
+    """
+    for post in POSTS:
+        if post.slug == slug:
+            return post
+    raise KeyError(f"no post {slug!r}; built so far: {', '.join(p.slug for p in POSTS)}")

@@ -1,0 +1,1 @@
+"""Diffusion models: noise schedules, DDPM and DDIM, their bound and their samplers."""

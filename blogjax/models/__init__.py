@@ -1,0 +1,1 @@
+"""Whole networks, one file each, built from the blocks of `blogjax.nn`."""

@@ -1,0 +1,1 @@
+"""Reusable linen blocks, one file each."""

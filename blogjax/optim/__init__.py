@@ -1,0 +1,1 @@
+"""optax transformations, one file each; they compose with optax's own."""

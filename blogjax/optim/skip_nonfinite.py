@@ -1,0 +1,109 @@
+"""Skips the updates whose gradients are not finite.
+
+What: a wrapper for any optax transformation. One NaN or infinity anywhere in the gradients turns
+  the whole update into zeros and leaves the inner state as it was, bit for bit.
+Post: none; a part of the base on which every post's training stands.
+Equations: finite = all_i isfinite(g_i); (u, s') = inner(g, s) if finite else (0, s).
+Differences from `optax.apply_if_finite`: it never gives up and lets a NaN through; it says which
+  leaves were at fault; under a `lax.cond` the skipped inner update is not computed.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite`.
+
+    Attributes:
+      skipped: int32 `[]`, how many updates were skipped so far.
+      nonfinite_leaves: bool `[number of leaves]`, in the order of `jax.tree.leaves`, which leaves
+        of the last gradients were not finite. All False after a step that was taken.
+      inner: state of the wrapped transformation.
+    """
+
+    skipped: jax.Array
+    nonfinite_leaves: jax.Array
+    inner: optax.OptState
+
+
+def nonfinite_leaves(tree: Any) -> jax.Array:
+    """Tells leaf by leaf whether it holds NaN or infinity.
+
+    Args:
+      tree: pytree of arrays; integer leaves are always finite.
+
+    Returns:
+      bool `[number of leaves]`, in the order of `jax.tree.leaves`.
+
+    >>> import jax.numpy as jnp
+    >>> nonfinite_leaves({"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(3)}).tolist()
+    [True, False]
+    """
+    leaves = [jnp.logical_not(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree)]
+    return jnp.stack(leaves) if leaves else jnp.zeros((0,), jnp.bool_)
+
+
+def skip_nonfinite(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps `inner` so that a non-finite gradient changes nothing.
+
+    If every entry of the incoming updates is finite, the result is `inner`'s. Otherwise the result
+    is -0.0 and the state of `inner` (moments, schedule counts, accumulated microbatches) stays
+    bit-equal to never having seen the step. So do parameters to which the result is added: -0.0 is
+    the number that leaves every float as it was, -0.0 itself included.
+
+    Numerics: the test is on the gradients alone; an `inner` that overflows by itself is not
+    caught. The branch is one `lax.cond` on a scalar, so nothing is selected element by element.
+    Under `vmap` a `cond` becomes a select.
+
+    Args:
+      inner: any transformation; extra arguments of `update` are passed on.
+
+    Returns:
+      A transformation whose state is a `SkipNonfiniteState`.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = skip_nonfinite(optax.adam(0.1))
+    >>> params = {"w": jnp.ones(2)}
+    >>> updates, state = tx.update({"w": jnp.array([1.0, jnp.nan])}, tx.init(params), params)
+    >>> updates["w"].tolist(), int(state.skipped), state.nonfinite_leaves.tolist()
+    ([-0.0, -0.0], 1, [True])
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> SkipNonfiniteState:
+        return SkipNonfiniteState(
+            skipped=jnp.zeros((), jnp.int32),
+            nonfinite_leaves=jnp.zeros((len(jax.tree.leaves(params)),), jnp.bool_),
+            inner=inner.init(params),
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, SkipNonfiniteState]:
+        bad = nonfinite_leaves(updates)
+        skip = jnp.any(bad)
+
+        # Closures, not operands: an extra argument may be a function.
+        def take():
+            return inner.update(updates, state.inner, params, **extra_args)
+
+        # The dtypes of the zeros must be those of inner's result, which need not be the gradients'.
+        shapes, _ = jax.eval_shape(take)
+
+        def leave():
+            return jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes), state.inner
+
+        new_updates, new_inner = jax.lax.cond(skip, leave, take)
+        return new_updates, SkipNonfiniteState(
+            skipped=state.skipped + skip.astype(jnp.int32),
+            nonfinite_leaves=bad,
+            inner=new_inner,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

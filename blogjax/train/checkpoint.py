@@ -1,0 +1,314 @@
+"""Checkpoints that are written behind the training and checked when they are read.
+
+Orbax writes and commits them; what it does not do is done here: it returns damaged arrays without
+a word and casts dtypes silently. Every checkpoint therefore carries the path, shape, dtype and a
+content fingerprint of each leaf. What does not fit the state is refused; what is damaged is named,
+moved aside, and the next older checkpoint is used.
+"""
+
+import contextlib
+import json
+import logging
+import pathlib
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blogjax.train.task import leaf_paths
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those found can be read."""
+
+
+class CheckpointMismatchError(ValueError):
+    """A sound checkpoint holds another state than the one asked for."""
+
+
+class Best(NamedTuple):
+    """Which checkpoint to keep besides the latest: by an evaluated metric, smallest or largest."""
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+
+
+@jax.jit
+def _fingerprint(leaves: list[jax.Array]) -> list[jax.Array]:
+    """One uint32 per leaf, from every bit of its content.
+
+    A sum modulo 2^32 of the entries' bits times odd weights that depend on the place. Integer sums
+    are exact in any order, so the number is the same under any sharding. A single changed entry
+    changes it, since an odd weight has an inverse.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            x = jnp.stack([x.real, x.imag])
+        narrow = min(x.dtype.itemsize, 4)
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[narrow]
+        # Eight-byte entries become two of four bytes along a new last axis.
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, length in enumerate(bits.shape):
+            iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            place = place * jnp.uint32(length % 2**32) + iota
+        # Mix the place before making it odd: neighbouring weights must not be alike.
+        place = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
+        place = (place ^ (place >> 13)) * jnp.uint32(0x9E3779B1)
+        return jnp.sum(bits * (place | jnp.uint32(1)), dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def fingerprints(state: Any) -> dict[str, int]:
+    """Content fingerprint of each leaf, by path; equal on any mesh.
+
+    >>> import jax.numpy as jnp
+    >>> a, b = (fingerprints({"w": jnp.array([1.0, x])})["w"] for x in (2.0, 2.0000002))
+    >>> a == b
+    False
+    """
+    values = jax.device_get(_fingerprint(jax.tree.leaves(state)))
+    return {path: int(value) for path, value in zip(leaf_paths(state), values, strict=True)}
+
+
+def _layout(state: Any) -> dict[str, list[Any]]:
+    return {
+        path: [list(leaf.shape), str(leaf.dtype)]
+        for path, leaf in zip(leaf_paths(state), jax.tree.leaves(state), strict=True)
+    }
+
+
+def _checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], limit: int = 12) -> str:
+    lines = []
+    for path in sorted(saved.keys() | wanted.keys()):
+        here, there = saved.get(path), wanted.get(path)
+        if here != there:
+            a, b = ("absent" if x is None else f"{x[1]}{x[0]}" for x in (here, there))
+            lines.append(f"  {path}: {a} in the checkpoint, {b} in the state")
+    more = [f"  and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "\n".join(lines[:limit] + more)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for Orbax's warning at every checkpoint between two evaluations; those are meant."""
+    return "did not provide metrics" not in record.getMessage()
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest ones and the best one.
+
+    Saving returns at once and the writing goes on in the background; the state may be donated
+    right after. A checkpoint appears under its final name only when it is complete, so a process
+    killed at any moment leaves only whole ones.
+
+    Args:
+      folder: made if absent. One sub-folder per step.
+      keep: how many of the latest are kept.
+      best: which metric of `save` decides on the best one, which is kept as well.
+      warn: is told in one line about each damaged checkpoint.
+
+    Raises:
+      CheckpointError: if the folder cannot be made or written to.
+    """
+
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        *,
+        keep: int = 2,
+        best: Best | None = None,
+        warn: Callable[[str], None] = print,
+    ):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        logging.getLogger("absl").addFilter(_is_news)
+        self._ocp: Any = ocp
+        self._warn = warn
+        self.best = best
+        # Orbax needs an absolute path: processes may run in different folders.
+        self.folder = pathlib.Path(folder).absolute()
+        kept: list[Any] = [policies.LatestN(keep)]
+        if best is not None:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[best.metric],
+                    reverse=best.mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager: Any = ocp.CheckpointManager(
+                self.folder,
+                item_names=("state", "meta"),
+                options=ocp.CheckpointManagerOptions(
+                    cleanup_tmp_directories=True,
+                    # The policy decides what stays; without best_fn no metric would be written.
+                    best_fn=None if best is None else lambda metrics: metrics[best.metric],
+                    best_mode="min" if best is None else best.mode,
+                    preservation_policy=policies.AnyPreservationPolicy(kept),
+                ),
+            )
+        except OSError as error:
+            raise CheckpointError(f"cannot keep checkpoints in {self.folder}: {error}") from error
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def best_value(self) -> float | None:
+        """The metric of the best checkpoint kept, None if there is none."""
+        if self.best is None:
+            return None
+        values = []
+        for step in self.steps():
+            with contextlib.suppress(Exception):  # a damaged one is dealt with by `restore`
+                values.append((self._manager.metrics(step) or {})[self.best.metric])
+        if not values:
+            return None
+        return min(values) if self.best.mode == "min" else max(values)
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts to write `state` as the checkpoint of `step`.
+
+        Args:
+          step: larger than any saved before.
+          state: pytree of arrays.
+          metrics: evaluated at this very state; without them it cannot become the best one.
+
+        Raises:
+          CheckpointError: if this or the previous checkpoint could not be written. The older ones
+            are intact.
+        """
+        record = {"step": step, "layout": _layout(state), "fingerprints": fingerprints(state)}
+        args = self._ocp.args.Composite(
+            state=self._ocp.args.StandardSave(state),
+            meta=self._ocp.args.JsonSave({**record, "checksum": _checksum(record)}),
+        )
+        chosen = None
+        if metrics is not None and self.best is not None and self.best.metric in metrics:
+            chosen = {self.best.metric: float(metrics[self.best.metric])}
+        with self._clear_errors(step):
+            if not self._manager.save(step, args=args, metrics=chosen, force=True):
+                raise CheckpointError(
+                    f"the checkpoint of step {step} was not taken; {self.folder} has {self.steps()}"
+                )
+
+    def wait(self) -> None:
+        """Waits until everything is on the disk.
+
+        Raises:
+          CheckpointError: if the last checkpoint could not be written.
+        """
+        with self._clear_errors(None):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then frees threads; the object is of no use afterwards."""
+        with self._clear_errors(None):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _clear_errors(self, step: int | None):
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            which = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
+            whole = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+            raise CheckpointError(
+                f"could not write {which} in {self.folder} "
+                f"({type(error).__name__}: {_first_line(error)}); intact: {whole or 'none'}"
+            ) from error
+
+    def restore(self, abstract: Any) -> tuple[int, Any] | None:
+        """Reads the newest sound checkpoint.
+
+        Args:
+          abstract: tree of `ShapeDtypeStruct` with the shardings wanted; they need not be those
+            the state was saved under.
+
+        Returns:
+          `(step, state)`, or None if there is no checkpoint at all.
+
+        Raises:
+          CheckpointMismatchError: if the newest sound one holds other leaves, shapes or dtypes.
+          CheckpointError: if there are checkpoints and every one is damaged.
+        """
+        rejected = []
+        for step in reversed(self.steps()):
+            try:
+                state = self._restore_one(step, abstract)
+            except CheckpointMismatchError:
+                raise
+            except Exception as error:
+                reason = f"checkpoint {step} is damaged: {_first_line(error)}"
+                rejected.append((step, reason))
+                continue
+            for bad, reason in rejected:
+                self._warn(f"{reason}; moved to {self._move_aside(bad)}, using {step} instead")
+            return step, state
+        if rejected:
+            reasons = "\n".join(f"  {reason}" for _, reason in rejected)
+            raise CheckpointError(f"no checkpoint in {self.folder} can be read:\n{reasons}")
+        return None
+
+    def _restore_one(self, step: int, abstract: Any) -> Any:
+        args = self._ocp.args
+        meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta
+        checksum = meta.pop("checksum")
+        if checksum != _checksum(meta) or meta["step"] != step:
+            raise CheckpointError("its description was changed")
+        wanted = _layout(abstract)
+        if meta["layout"] != wanted:
+            raise CheckpointMismatchError(
+                f"checkpoint {step} in {self.folder} does not fit the state:\n"
+                + _differences(meta["layout"], wanted)
+            )
+        restored = self._manager.restore(
+            step, args=args.Composite(state=args.StandardRestore(abstract))
+        ).state
+        now = fingerprints(restored)
+        changed = [path for path, value in meta["fingerprints"].items() if now[path] != value]
+        if changed:
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            raise CheckpointError(f"changed content in {', '.join(changed[:4])}{more}")
+        return restored
+
+    def _move_aside(self, step: int) -> pathlib.Path:
+        """Out of the way, so that the step can be saved again; nothing is deleted."""
+        target = self.folder.parent / "damaged_checkpoints" / str(step)
+        number = 1
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{step}.{number}")
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            shutil.move(self.folder / str(step), target)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("blogjax_checkpoint_moved_aside")
+        self._manager.reload()
+        return target
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

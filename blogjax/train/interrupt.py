@@ -1,0 +1,59 @@
+"""SIGINT and SIGTERM as a wish that the loop fulfils between two steps."""
+
+import signal
+import threading
+from types import FrameType
+
+import jax
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and did, after a checkpoint where there is a folder for it.
+
+    Attributes:
+      step: the step it stopped at, None outside of a loop.
+    """
+
+    def __init__(self, step: int | None = None):
+        at = "" if step is None else f" at step {step}"
+        super().__init__(f"interrupted{at}")
+        self.step = step
+
+
+class StopRequest:
+    """Notes the first SIGINT or SIGTERM while it is entered; a second one acts as usual.
+
+    Python allows signal handlers in the main thread only; elsewhere nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.requested = True
+        signal.signal(number, self._previous[number])  # type: ignore[arg-type]
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.getsignal(number)
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def agreed(flag: bool) -> bool:
+    """Whether any process raised its flag; all processes must ask at the same step."""
+    if jax.process_count() == 1:
+        return flag
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

@@ -1,0 +1,5 @@
+"""Batches prepared ahead of the step that needs them, by one thread."""
+
+from blogjax.data.batches import prefetch
+
+__all__ = ["prefetch"]

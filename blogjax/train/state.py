@@ -1,0 +1,88 @@
+"""The making of a state: shapes first, then where it lies, then one compiled `init`."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from blogjax.train.mesh import replicated, state_shardings
+from blogjax.train.task import Task
+
+
+def abstract_state(task: Task, mesh: Mesh) -> Any:
+    """The state's shapes, dtypes and shardings; nothing is computed.
+
+    Returns:
+      The state with `jax.ShapeDtypeStruct`s for arrays.
+
+    Raises:
+      ValueError: if the state has no `step` of shape `[]` and dtype int32.
+    """
+    abstract = jax.eval_shape(task.init, jax.random.key(0))
+    step = getattr(abstract, "step", None)
+    if step is None or step.shape != () or step.dtype != "int32":
+        raise ValueError(
+            f"a state needs a field `step`, int32 of shape (), got {step} "
+            f"in a {type(abstract).__name__}"
+        )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        state_shardings(abstract, mesh),
+    )
+
+
+def init_state(task: Task, abstract: Any, mesh: Mesh, key: jax.Array) -> Any:
+    """Computes the first state in place: every device makes only what it will hold.
+
+    Args:
+      task: its `init` is compiled once, on CPU without optimisation since it runs but once.
+      abstract: from `abstract_state`.
+      mesh: the devices.
+      key: scalar typed key.
+    """
+    options = {}
+    if next(iter(mesh.devices.flat)).platform == "cpu":
+        options["xla_backend_optimization_level"] = 0
+    init = jax.jit(
+        task.init,
+        in_shardings=replicated(mesh),
+        out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+        compiler_options=options,
+    )
+    return init(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large one field of a state is: entries, bytes in all, bytes on each device."""
+
+    entries: int
+    bytes: int
+    bytes_per_device: int
+
+
+def sizes(abstract: Any) -> dict[str, Size]:
+    """Measures each field of a state, fields without arrays left out.
+
+    Args:
+      abstract: a state of `ShapeDtypeStruct`s with shardings, or of arrays.
+
+    Returns:
+      `{field name: Size}` in the order of the fields.
+    """
+    result = {}
+    for field in dataclasses.fields(abstract):
+        leaves = jax.tree.leaves(getattr(abstract, field.name))
+        if not leaves:
+            continue
+        result[field.name] = Size(
+            entries=sum(math.prod(x.shape) for x in leaves),
+            bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves),
+            bytes_per_device=sum(
+                math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves
+            ),
+        )
+    return result

@@ -1,0 +1,234 @@
+"""The launcher of every experiment: `main(run)` at the foot of its script.
+
+    python -m experiments.ddpm --config=configs/ddpm.py[:variant] --workdir=runs/a
+        [--config.group.field=value ...] [--overwrite]
+
+The folder gets the resolved config, all that the run writes, and at the end `result.json`. Started
+again, an unfinished run goes on and a finished one prints its table. Exit codes: 0 done, 1 error,
+2 bad config or flags, 75 interrupted and resumable.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from experiments.launch import configs
+from experiments.launch.configs import ConfigError
+from experiments.launch.result import Result, claims_of, print_claims, write_json
+
+DONE, ERROR, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 75
+Run = Callable[[ConfigDict, pathlib.Path], Result]
+
+
+def main(run: Run) -> None:
+    """Parses the command line, runs, reports, and exits with the code that tells what happened."""
+    from blogjax.train.checkpoint import CheckpointError, CheckpointMismatchError
+    from blogjax.train.interrupt import Interrupted
+    from blogjax.train.loop import NonfiniteError
+
+    try:
+        config, name, workdir, overwrite = _parse(sys.argv)
+    except ConfigError as error:
+        _fail(str(error), BAD_CONFIG)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _folder(workdir, overwrite):
+            _launch(run, config, name, workdir)
+    except ConfigError as error:
+        _fail(str(error), BAD_CONFIG)
+    except (Interrupted, KeyboardInterrupt) as error:
+        where = f"{error}; " if isinstance(error, Interrupted) else "interrupted; "
+        print(f"\n{where}go on with:\n  {_command()}", flush=True)
+        sys.exit(INTERRUPTED)
+    except NonfiniteError as error:
+        hint = "\nto leave such steps out, go on with --config.train.on_nonfinite=skip"
+        _fail(f"{error}{hint}", ERROR)
+    except (CheckpointError, CheckpointMismatchError, FolderError) as error:
+        _fail(str(error), ERROR)
+    sys.exit(DONE)
+
+
+class FolderError(RuntimeError):
+    """The work folder cannot be used."""
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def _parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path, bool]:
+    """Flags, with every complaint a `ConfigError` of one screen."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    if {"--help", "-h"} & set(argv[1:]):
+        print(__doc__)
+        sys.exit(DONE)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "file.py[:variant]", lock_config=True, flag_values=values
+    )
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "set an older run aside", flag_values=values)
+    paths = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
+    if not paths:
+        raise ConfigError("--config=FILE is missing, for example --config=configs/ddpm.py")
+    configs.check_overrides(configs.load(paths[-1]), argv[1:])
+    try:
+        rest = values(argv)[1:]
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    if rest:
+        raise ConfigError(f"what is {' '.join(rest)}? Flags begin with --")
+    if not values.workdir:
+        raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/a")
+    return holder.value, paths[-1], pathlib.Path(values.workdir), values.overwrite
+
+
+@contextlib.contextmanager
+def _folder(workdir: pathlib.Path, overwrite: bool) -> Iterator[None]:
+    """Makes the folder, makes sure that it can be written to, and that nobody else is in it."""
+    try:
+        if overwrite and (workdir / "config.json").exists():
+            number = 1
+            while (aside := workdir.with_name(f"{workdir.name}.old{number}")).exists():
+                number += 1
+            workdir.rename(aside)
+            print(f"the older run is now {aside}")
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".probe"
+        probe.write_bytes(bytes(2**20))
+        probe.unlink()
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise FolderError(f"cannot write to {workdir}: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FolderError(f"another process is running in {workdir}") from error
+        yield
+
+
+def _command() -> str:
+    """The command that starts this very run again."""
+    if "BLOGJAX_COMMAND" in os.environ:
+        return os.environ["BLOGJAX_COMMAND"]
+    main_module = sys.modules["__main__"].__spec__
+    module = ["-m", main_module.name] if main_module is not None else [sys.argv[0]]
+    arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--overwrite=true")]
+    return shlex.join(["python", *module, *arguments])
+
+
+def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> None:
+    wanted = configs.to_json(config)
+    stored, finished = workdir / "config.json", workdir / "result.json"
+    if stored.exists():
+        different = configs.differences(json.loads(stored.read_text())["config"], wanted)
+        if different:
+            lines = "\n".join(f"  {line}" for line in different)
+            raise ConfigError(
+                f"{workdir} holds a run of another config:\n{lines}\n"
+                "choose another --workdir, or give --overwrite to set that run aside"
+            )
+    if finished.exists():
+        record = json.loads(finished.read_text())
+        print(f"{workdir} is finished; nothing to do.\n")
+        print_claims(claims_of(record))
+        again = os.environ.get("BLOGJAX_AFRESH", "choose another --workdir, or give --overwrite")
+        print(f"\n{workdir}: {', '.join(record['pictures'])}\nto start afresh: {again}")
+        return
+    resumed = stored.exists()
+    write_json(stored, {"name": name, "config": wanted})
+    began = time.time()
+    _use_compilation_cache()
+    try:
+        result = run(config, workdir)
+    except ConfigError:
+        if not resumed:  # a config that cannot be run does not claim the folder
+            stored.unlink()
+        raise
+    record = {
+        "experiment": pathlib.Path(name.partition(":")[0]).stem,
+        "command": f"python -m experiments.{pathlib.Path(name.partition(':')[0]).stem} "
+        f"--config={name}",
+        "claims": [dataclasses.asdict(claim) for claim in result.claims],
+        "measured": dict(result.measured),
+        "pictures": list(result.pictures),
+        "seeds": list(result.seeds),
+        "config": wanted,
+        "seconds": round(time.time() - began, 1),
+        "resumed": resumed,
+        **_surroundings(),
+    }
+    write_json(finished, record)
+    print()
+    print_claims(result.claims)
+    print(f"\n{workdir}: {', '.join(result.pictures)}")
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept between runs; a second start takes seconds less."""
+    import jax
+
+    from blogjax.data.cache import cache_dir
+
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir("jax")))
+    # The thresholds of jax would leave out nearly everything that a CPU compiles.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _surroundings() -> dict[str, Any]:
+    """Versions, device and commit."""
+    import jax
+
+    packages = ("blogjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform}), "
+        f"{os.cpu_count()} host cores",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

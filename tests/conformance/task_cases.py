@@ -1,0 +1,106 @@
+"""The tasks that the conformance suite runs; a new task factory is one entry of `CASES`."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from blogjax.core.random import fold_in_rows, normal
+from blogjax.data.batches import Batches, EvaluationBatches
+from blogjax.tasks.gradient import LossOutput, gradient_task
+from blogjax.train.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How to make a task, given the optimiser and the mapped axis, and what to feed it.
+
+    `rows_interact`: one example's loss depends on the others, as with batch statistics.
+    """
+
+    make: Callable[[optax.GradientTransformation, str | None], Task]
+    arrays: dict[str, np.ndarray]
+    rows_interact: bool = False
+
+    def batches(self, size: int = 16) -> Batches:
+        return Batches(self.arrays, size, seed=3)
+
+    def evaluation(self, size: int = 16) -> EvaluationBatches:
+        return EvaluationBatches(self.arrays, size)
+
+
+def _regression_data(n: int = 44) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 6)).astype(np.float32)
+    return {"x": x, "y": (x @ rng.normal(size=(6, 2))).astype(np.float32)}
+
+
+class _Net(nn.Module):
+    norm: bool = False
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.Dense(16)(x)
+        if self.norm:
+            x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+        return nn.Dense(2)(jnp.tanh(x))
+
+
+def noisy_regression(tx: optax.GradientTransformation, axis_name: str | None = None) -> Task:
+    """Noise on the input of every example, an average of the parameters, pictures."""
+    net = _Net()
+
+    def errors(params, batch, noise):
+        predicted = net.apply({"params": params}, batch["x"] + 0.1 * noise, train=True)
+        return jnp.sum(jnp.square(predicted - batch["y"]), axis=-1)
+
+    def loss(params, model_state, batch, key):
+        keys = fold_in_rows(key, batch["row"])
+        value = errors(params, batch, normal(keys, batch["x"].shape))
+        return LossOutput(value, {"root": jnp.sqrt(value)})
+
+    return gradient_task(
+        lambda key: net.init(key, jnp.zeros((1, 6)), train=False),
+        loss,
+        tx,
+        ema_decay=0.9,
+        evaluate=lambda params, model_state, batch, key: {
+            "loss": errors(params, batch, 0.0),
+            "moments": batch["x"][:, :, None] * batch["x"][:, None, :],
+        },
+        render=lambda params, model_state, batch, key: {
+            "kernel": jax.nn.sigmoid(params["Dense_0"]["kernel"])[None, :, :, None]
+        },
+        axis_name=axis_name,
+    )
+
+
+def batch_norm_regression(tx: optax.GradientTransformation, axis_name: str | None = None) -> Task:
+    """A model state: batch statistics of the global batch."""
+    net = _Net(norm=True, axis_name=axis_name)
+
+    def loss(params, model_state, batch, key):
+        predicted, new = net.apply(
+            {"params": params, **model_state}, batch["x"], train=True, mutable=["batch_stats"]
+        )
+        return LossOutput(jnp.sum(jnp.square(predicted - batch["y"]), -1), model_state=dict(new))
+
+    def evaluate(params, model_state, batch, key):
+        predicted = net.apply({"params": params, **model_state}, batch["x"], train=False)
+        return {"loss": jnp.sum(jnp.square(predicted - batch["y"]), -1)}
+
+    return gradient_task(
+        lambda key: net.init(key, jnp.zeros((2, 6)), train=True), loss, tx, evaluate=evaluate,
+        axis_name=axis_name,
+    )  # fmt: skip
+
+
+CASES = {
+    "noisy_regression": Case(noisy_regression, _regression_data()),
+    "batch_norm_regression": Case(batch_norm_regression, _regression_data(), True),
+}
