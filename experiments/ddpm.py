@@ -241,26 +241,15 @@ def _rows(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1)
 
 
-def _columns(images: np.ndarray, labels: np.ndarray, num_classes: int, rows: int) -> np.ndarray:
-    """`[rows, classes, h, w, c]` in [0, 1], one column per class."""
-    chosen = [images[labels == c][:rows] for c in range(num_classes)]
-    rows = min(len(column) for column in chosen)
-    return np.stack([column[:rows] for column in chosen], axis=1) / 2 + 0.5
-
-
 def _draw_samples(folder: pathlib.Path, images: np.ndarray, real: Any, num_classes: int) -> None:
-    from experiments.launch.pictures import image_panels
+    from experiments.launch.pictures import class_columns, image_panels
 
     labels = np.arange(len(images)) % num_classes
-    samples = _columns(images, labels, num_classes, rows=8)
+    samples = class_columns(images / 2 + 0.5, labels, num_classes, rows=8)
+    beside = class_columns(real["image"] / 2 + 0.5, real["label"], num_classes, rows=len(samples))
     image_panels(
         folder / "samples.png",
-        {
-            "samples of the model": samples,
-            "real digits, held out": _columns(
-                real["image"], real["label"], num_classes, rows=len(samples)
-            ),
-        },
+        {"samples of the model": samples, "real digits, held out": beside},
         columns=[str(c) for c in range(num_classes)],
     )
 

@@ -63,7 +63,7 @@ def _check_real(
     schedule: Schedule, t: ArrayLike, s: ArrayLike, eta: ArrayLike, sigma: Sigma
 ) -> None:
     """Raises where the coefficient of e would be the root of a negative number."""
-    if not _is_known(schedule, t, s, eta):
+    if not _is_known(schedule, t, s, eta) or (sigma == "eta" and np.all(np.asarray(eta) <= 1)):
         return
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         step = np.asarray(sqrt_one_minus_exp(schedule.log_ratio(t, s)), np.float64)

@@ -27,7 +27,7 @@ class ClassEmbedding(nn.Module):
       num_classes: rows of the table.
       features: width of a row.
       dtype: dtype of the result; None for `param_dtype`.
-      param_dtype: dtype of the table. Its rows start as standard normal numbers.
+      param_dtype: dtype of the table. Its rows start normal, of length about 1.
 
     >>> import jax, jax.numpy as jnp
     >>> module = ClassEmbedding(num_classes=10, features=4)
@@ -53,7 +53,7 @@ class ClassEmbedding(nn.Module):
             )
         table = self.param(
             "embedding",
-            nn.initializers.normal(1.0),
+            nn.initializers.normal(self.features**-0.5),
             (self.num_classes, self.features),
             self.param_dtype,
         )

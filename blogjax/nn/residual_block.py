@@ -76,4 +76,4 @@ class ResidualBlock(nn.Module):
         h = nn.Conv(self.features, (3, 3), kernel_init=zeros, name="conv_out", **dtypes)(h)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, kernel_init=init, name="shortcut", **dtypes)(x)
-        return x + h
+        return x.astype(h.dtype) + h

@@ -69,4 +69,5 @@ class SpatialAttention(nn.Module):
         weights = nn.softmax(logits * (c // self.num_heads) ** -0.5, axis=-1).astype(value.dtype)
         h = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
         zeros = nn.initializers.zeros
-        return x + nn.Dense(c, kernel_init=zeros, name="out", **dtypes)(h)
+        h = nn.Dense(c, kernel_init=zeros, name="out", **dtypes)(h)
+        return x.astype(h.dtype) + h

@@ -85,16 +85,17 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path, bool]:
     if {"--help", "-h"} & set(argv[1:]):
         print(__doc__)
         sys.exit(DONE)
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file(
-        "config", None, "file.py[:variant]", lock_config=True, flag_values=values
-    )
-    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_bool("overwrite", False, "set an older run aside", flag_values=values)
-    paths = [a.partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
+    paths = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
     if not paths:
         raise ConfigError("--config=FILE is missing, for example --config=configs/ddpm.py")
-    configs.check_overrides(configs.load(paths[-1]), argv[1:])
+    name = paths[-1].partition("=")[2]
+    config = configs.load(name)
+    argv = [a for a in argv if a not in paths]
+    configs.check_overrides(config, argv[1:])
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "set an older run aside", flag_values=values)
     try:
         rest = values(argv)[1:]
     except flags.Error as error:
@@ -103,7 +104,7 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path, bool]:
         raise ConfigError(f"what is {' '.join(rest)}? Flags begin with --")
     if not values.workdir:
         raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/a")
-    return holder.value, paths[-1], pathlib.Path(values.workdir), values.overwrite
+    return config, name, pathlib.Path(values.workdir), values.overwrite
 
 
 @contextlib.contextmanager

@@ -18,6 +18,28 @@ def _pyplot() -> Any:
     return plt
 
 
+def class_columns(
+    images: np.ndarray, labels: np.ndarray, num_classes: int, rows: int
+) -> np.ndarray:
+    """The first images of each class, one column per class.
+
+    Args:
+      images: `[n, h, w, c]`.
+      labels: `[n]`, in `0 .. num_classes - 1`.
+      num_classes: number of columns.
+      rows: at most so many; fewer if a class has fewer.
+
+    Returns:
+      `[rows, num_classes, h, w, c]`.
+
+    >>> class_columns(np.zeros((6, 8, 8, 1)), np.arange(6) % 3, 3, rows=5).shape
+    (2, 3, 8, 8, 1)
+    """
+    chosen = [images[labels == c][:rows] for c in range(num_classes)]
+    rows = min(len(column) for column in chosen)
+    return np.stack([column[:rows] for column in chosen], axis=1)
+
+
 def image_panels(
     path: pathlib.Path,
     panels: Mapping[str, np.ndarray],

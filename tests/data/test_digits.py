@@ -132,6 +132,7 @@ def test_a_read_only_folder_is_enough(copied, loaded, monkeypatch):
         raise PermissionError(path)
 
     monkeypatch.setattr(digits.cache, "locked", refuse)
+    assert digits.prepare(copied).is_dir()
     np.testing.assert_array_equal(digits.load("test", copied)["label"], loaded["test"]["label"])
 
 
@@ -174,6 +175,18 @@ def test_damage_is_found(copied, damage):
     assert not digits._is_whole(copied)
 
 
+def test_records_of_another_preparation_are_found(copied, tmp_path, monkeypatch):
+    # Sound files, the right numbers of examples, every pixel in range: the digest alone can tell.
+    arrays = digits._source_arrays()
+    arrays["train"] = tuple(array[::-1] for array in arrays["train"])
+    monkeypatch.setattr(digits, "_source_arrays", lambda: arrays)
+    other = digits.prepare(tmp_path / "other")
+    for file in other.glob("*-train.array_record*"):
+        shutil.copy(file, copied / "digits8" / "1.0.0")
+    assert digits._read(copied, "train") is None
+    assert digits._read(copied, "test") is not None
+
+
 def test_damage_is_repaired_in_one_line(copied, loaded, capfd):
     folder = copied / "digits8" / "1.0.0"
     DAMAGES["half written"](folder)
@@ -213,13 +226,19 @@ def test_tfds_finds_the_data_by_name(prepared):
 
 
 @pytest.mark.parametrize("package", ["tensorflow_datasets", "sklearn"])
-def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch, package):
+def test_a_missing_package_is_named_with_its_remedy(
+    tmp_path, prepared, monkeypatch, capfd, package
+):
     digits._builder_class.cache_clear()
     for name in [m for m in sys.modules if m.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
     try:
         with pytest.raises(ImportError, match=r"pip install blogjax\[train\]"):
             digits.load("train", tmp_path)
+        if package == "tensorflow_datasets":
+            with pytest.raises(ImportError, match=r"pip install blogjax\[train\]"):
+                digits.load("train", prepared)
+            assert capfd.readouterr().err == ""  # it is no damage, either
     finally:
         digits._builder_class.cache_clear()
     assert not [p.name for p in tmp_path.iterdir() if p.name != ".digits8.lock"]

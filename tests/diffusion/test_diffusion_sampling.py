@@ -34,6 +34,13 @@ NORMAL = standard_normal_denoiser(SCHEDULE)
 POINT = jnp.array([[0.3, -0.8]])
 
 
+def run(denoise, schedule, x_T, key=None, **options):
+    """`sample` as one compiled program: eager dispatch would compile every small operation."""
+    return jax.jit(lambda key, x_T: sample(key, denoise, schedule, x_T.shape, x_T=x_T, **options))(
+        key, x_T
+    )
+
+
 @pytest.mark.parametrize(
     ("spacing", "published"),
     [
@@ -41,11 +48,9 @@ POINT = jnp.array([[0.3, -0.8]])
         ("trailing", {10: 0.83084, 20: 0.91211, 50: 0.96394, 100: 0.98181}),
     ],
 )
-def test_ddim_shrinks_standard_normal_data_by_the_product_of_cosines(key, spacing, published):
+def test_ddim_shrinks_standard_normal_data_by_the_product_of_cosines(spacing, published):
     for steps, scale in published.items():
-        x = sample(
-            key, NORMAL, SCHEDULE, (1, 1), steps=steps, spacing=spacing, x_T=jnp.ones((1, 1))
-        )
+        x = run(NORMAL, SCHEDULE, jnp.ones((1, 1)), steps=steps, spacing=spacing)
         assert float(x[0, 0]) == pytest.approx(scale, abs=6e-6)
         times = timesteps(SCHEDULE, steps, spacing)
         assert float(x[0, 0]) == pytest.approx(ddim_scale(TABLE, times), rel=1e-5)
@@ -139,8 +144,8 @@ def test_ddim_and_ddpm_end_at_the_moments_of_the_float64_recursion(key, predicti
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_data_of_one_point_are_returned_exactly(key, schedule, eta):
     denoise = point_denoiser(schedule, POINT)
-    x = sample(key, denoise, schedule, (3, 2), steps=20, eta=eta)
-    np.testing.assert_allclose(x, jnp.broadcast_to(POINT, x.shape), atol=2e-4)
+    x = run(denoise, schedule, jnp.array([[0.0, 1.0], [-2.0, 3.0]]), key, steps=20, eta=eta)
+    np.testing.assert_allclose(x, jnp.broadcast_to(POINT, x.shape), atol=1e-6)
 
 
 def test_all_steps_leading_quadratic_and_own_times(key):
@@ -151,17 +156,18 @@ def test_all_steps_leading_quadratic_and_own_times(key):
         {"steps": 30, "spacing": "leading"},
         {"steps": [1000, 10, 0]},
     ):
-        x = sample(jax.random.clone(key), denoise, SCHEDULE, (1, 2), eta=1.0, **options)
-        np.testing.assert_allclose(x, POINT, atol=2e-4)
+        x_T = jnp.array([[1.0, -2.0]])
+        x = run(denoise, SCHEDULE, x_T, jax.random.clone(key), eta=1.0, **options)
+        np.testing.assert_allclose(x, POINT, atol=1e-6)
     traced = jax.jit(lambda key, times: sample(key, NORMAL, SCHEDULE, (1, 1), steps=times))
     a = traced(jax.random.clone(key), jnp.array([1000, 500, 0]))
     b = sample(key, NORMAL, SCHEDULE, (1, 1), steps=np.array([1000, 500, 0]))
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.parametrize("variance", [0.25, 4.0])
-def test_ddim_is_a_first_order_solver(key, variance):
+def test_ddim_is_a_first_order_solver():
     schedule = continuous_post_schedule()
+    variance = np.array([[0.25, 4.0]], np.float32)
 
     def denoise(x, t):
         a, b = schedule.signal(t)[:, None], schedule.noise(t)[:, None]
@@ -172,30 +178,33 @@ def test_ddim_is_a_first_order_solver(key, variance):
     exact = np.sqrt(variance / (variance * A**2 + 1 - A**2))
     errors = []
     for steps in (20, 40, 80, 160):
-        x = sample(key, denoise, schedule, (1, 1), steps=steps, x_T=jnp.ones((1, 1)))
-        errors.append(abs(float(x[0, 0]) - exact))
+        x = run(denoise, schedule, jnp.ones((1, 2)), steps=steps)
+        errors.append(np.abs(np.asarray(x) - exact)[0])
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     np.testing.assert_allclose(orders, 1.0, atol=0.15)
-    assert errors[-1] < 0.02 * exact
+    np.testing.assert_array_less(errors[-1], 0.02 * exact[0])
 
 
-def test_inversion_is_exact_with_iterations_and_first_order_without(key):
+def test_inversion_is_exact_with_iterations_and_first_order_without():
     schedule = continuous_post_schedule()
     denoise = gaussian_denoiser(schedule, np.array([0.4, -1.0]), np.array([[1.0, 0.3], [0.3, 0.5]]))
     x0 = jnp.array([[1.0, -0.5]])
+
+    def invert(x0, steps, iterations=1):
+        return jax.jit(
+            lambda x0: ddim_invert(denoise, x0, schedule, steps=steps, iterations=iterations)
+        )(x0)
+
     errors = []
-    for steps in (50, 100, 200, 400):
-        z = ddim_invert(denoise, x0, schedule, steps=steps)
-        x = sample(None, denoise, schedule, (1, 2), steps=steps, x_T=z)
+    for steps in (50, 100, 200):
+        x = run(denoise, schedule, invert(x0, steps), steps=steps)
         errors.append(float(jnp.max(jnp.abs(x - x0))))
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     np.testing.assert_allclose(orders, 1.0, atol=0.2)
-    z = ddim_invert(denoise, x0, schedule, steps=50, iterations=40)
-    x = sample(key, denoise, schedule, (1, 2), steps=50, x_T=z)
+    z = invert(x0, 50, iterations=40)
+    x = run(denoise, schedule, z, steps=50)
     np.testing.assert_allclose(x, x0, atol=1e-4)
-    np.testing.assert_allclose(
-        ddim_invert(denoise, x, schedule, steps=50, iterations=40), z, atol=2e-3
-    )
+    np.testing.assert_allclose(invert(x, 50, iterations=40), z, atol=2e-3)
 
 
 def test_inversion_never_asks_for_time_zero():
@@ -223,13 +232,13 @@ def test_spherical_interpolation_keeps_the_variance(key):
         spherical_interpolation(jnp.ones(2), jnp.ones(3), 0.5)
 
 
-def test_clipping_recomputes_the_noise(key):
+def test_clipping_recomputes_the_noise():
     x_T = jnp.array([[3.0, 0.1]])
-    x = sample(key, NORMAL, SCHEDULE, (1, 2), steps=[1000, 500], clip_x0=0.02, x_T=x_T)
-    x0 = np.clip(TABLE.A[1000] * np.asarray(x_T), -0.02, 0.02)  # (x - B B x) / A = A x
-    eps = (np.asarray(x_T) - TABLE.A[1000] * x0) / TABLE.B[1000]
-    np.testing.assert_allclose(x, TABLE.A[500] * x0 + TABLE.B[500] * eps, rtol=1e-4)
-    last = sample(key, NORMAL, SCHEDULE, (1, 2), steps=10, clip_x0=0.5, x_T=x_T)
+    x = run(NORMAL, SCHEDULE, x_T, steps=[300, 100], clip_x0=0.5)
+    x0 = np.array([[0.5, TABLE.A[300] * 0.1]])  # unclipped (x - B B x) / A = A x
+    eps = (np.asarray(x_T) - TABLE.A[300] * x0) / TABLE.B[300]
+    np.testing.assert_allclose(x, TABLE.A[100] * x0 + TABLE.B[100] * eps, rtol=1e-5)
+    last = run(NORMAL, SCHEDULE, x_T, steps=10, clip_x0=0.5)
     assert float(jnp.max(jnp.abs(last))) == 0.5
 
 
@@ -277,6 +286,7 @@ def test_one_program_serves_every_eta(key):
 
 
 def test_gradients_through_the_sampler(x64):
+    @jax.jit
     def last(weight, x_T, eta):
         return sample(
             jax.random.key(3),
@@ -301,21 +311,20 @@ def test_bfloat16_state_is_kept_in_float32(key):
         return point_denoiser(SCHEDULE, POINT)(x.astype(jnp.float32), t).astype(x.dtype)
 
     z = jax.random.normal(key, (4, 2)).astype(jnp.bfloat16)
-    x = sample(key=jax.random.key(1), denoise=NORMAL, schedule=SCHEDULE, shape=(4, 2), x_T=z)
-    wide = z.astype(jnp.float32)
-    y = sample(key=jax.random.key(1), denoise=NORMAL, schedule=SCHEDULE, shape=(4, 2), x_T=wide)
+    x = run(NORMAL, SCHEDULE, z)
+    y = run(NORMAL, SCHEDULE, z.astype(jnp.float32))
     assert x.dtype == jnp.bfloat16
     # A thousand steps rounded to 8 bits each would be lost altogether.
     np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=0.02, atol=0.02)
-    path = sample(jax.random.key(2), denoise, SCHEDULE, (4, 2), steps=3, x_T=z, trajectory=True)
+    path = run(denoise, SCHEDULE, z, steps=3, trajectory=True)
     assert path.dtype == jnp.bfloat16 and seen == {jnp.dtype(jnp.bfloat16)}
-    back = ddim_invert(NORMAL, z, SCHEDULE, steps=3)
+    back = jax.eval_shape(lambda z: ddim_invert(NORMAL, z, SCHEDULE, steps=3), z)
     assert back.dtype == jnp.bfloat16
 
 
 def test_nan_stays_with_its_example(key):
     x_T = jnp.ones((3, 2)).at[1, 0].set(jnp.nan)
-    x = sample(key, NORMAL, SCHEDULE, (3, 2), steps=5, eta=1.0, x_T=x_T)
+    x = run(NORMAL, SCHEDULE, x_T, key, steps=5, eta=1.0)
     assert np.isnan(x).any(axis=1).tolist() == [False, True, False]
 
 

@@ -31,9 +31,9 @@ def test_refusals():
             function(x[0])
         with pytest.raises(ValueError, match="0"):
             function(x, 0)
-    with pytest.raises(ValueError, match="4 and 6.* of 4"):
+    with pytest.raises(ValueError, match=r"4 and 6.* of 4"):
         space_to_depth(x, 4)
-    with pytest.raises(ValueError, match="3 channels.* of 2 x 2"):
+    with pytest.raises(ValueError, match=r"3 channels.* of 2 x 2"):
         depth_to_space(x)
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="5 and 6"):

@@ -90,6 +90,20 @@ def test_dropout_sits_where_it_leaves_the_mean_alone(key):
     assert np.all(error < 5 * spread / 4000**0.5)
 
 
+def test_the_result_has_the_dtype_asked_for(key):
+    x, embedding = jnp.zeros((2, 4, 4, 8)), jnp.zeros((2, 5))
+    for features in (8, 12):
+        block = ResidualBlock(features, dtype=jnp.bfloat16)
+        out, variables = jax.eval_shape(
+            lambda k, block=block: block.init_with_output(k, x, embedding, train=False), key
+        )
+        chex.assert_shape(out, (2, 4, 4, features))
+        chex.assert_type(
+            [out, *jax.tree.leaves(variables)],
+            [jnp.bfloat16] + [jnp.float32] * len(jax.tree.leaves(variables)),
+        )
+
+
 def test_refusals(key):
     x, embedding = jnp.zeros((2, 4, 4, 8)), jnp.zeros((2, 5))
     for bad_x, bad_embedding, dropout, match in [

@@ -9,14 +9,14 @@ from blogjax.nn.spatial_attention import SpatialAttention
 
 def make(num_heads, dtype=None, scale=1.0):
     """A block whose output layer is not zero, and an input of 3 x 4 positions of 8 channels."""
-    keys = jax.random.split(jax.random.key(0), 10)
-    x = jax.random.normal(keys[0], (2, 3, 4, 8))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 3, 4, 8)), jnp.float32)
     block = SpatialAttention(num_heads, dtype=dtype)
-    shapes = jax.eval_shape(block.init, keys[0], x)["params"]
-    leaves, tree = jax.tree.flatten(shapes)
-    filled = [scale * jax.random.normal(k, s.shape) for k, s in zip(keys[1:], leaves, strict=False)]
-    params = jax.tree.unflatten(tree, filled)
-    return block, {"params": params}, x
+    shapes = jax.eval_shape(block.init, jax.random.key(0), x)
+    variables = jax.tree.map(
+        lambda s: jnp.asarray(scale * rng.normal(size=s.shape), s.dtype), shapes
+    )
+    return block, variables, x
 
 
 def projections(variables, x, num_heads):

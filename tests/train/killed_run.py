@@ -1,6 +1,8 @@
 """Trains a conformance case in a folder and, if told to, kills itself on the way.
 
-python killed_run.py WORKDIR STEPS [KILL_BEFORE_STEP]
+    python killed_run.py WORKDIR STEPS [KILL_BEFORE_STEP]
+
+Needs tests/conformance on the path.
 """
 
 import os
@@ -8,24 +10,21 @@ import pathlib
 import signal
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "conformance"))
-
 import jax
 import numpy as np
 import optax
-
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
 from task_cases import CASES
 
 from blogjax.train.checkpoint import Best, fingerprints
 from blogjax.train.loop import fit
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
 
 def main(workdir: str, steps: int, kill_before: int | None) -> None:
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     case = CASES["noisy_regression"]
     batches = case.batches()
 

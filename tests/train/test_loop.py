@@ -67,7 +67,8 @@ def test_order_and_cadence(tmp_path, monkeypatch):
 
 def run_script(*args):
     script = pathlib.Path(__file__).with_name("killed_run.py")
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    cases = script.parents[1] / "conformance"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(cases)}
     return subprocess.run([sys.executable, script, *map(str, args)], env=env, capture_output=True)
 
 

@@ -1,0 +1,82 @@
+import json
+
+import jax
+import pytest
+from tracked_config import Tracked
+
+from configs.ddpm import get_config
+from experiments import ddpm
+from experiments.launch.configs import ConfigError, flatten
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The published experiment, shrunk; one run for all tests here."""
+    folder = tmp_path_factory.mktemp("ddpm")
+    config = get_config("smoke")
+    config.lock()
+    tracked = Tracked(config)
+    result = ddpm.run(tracked, folder)
+    return folder, config, tracked, result
+
+
+def test_every_field_of_the_config_is_read(smoke):
+    _, config, tracked, _ = smoke
+    assert set(flatten(config.to_dict())) == tracked.read
+
+
+def test_variants_differ_in_values_only():
+    fields = {tuple(flatten(get_config(v).to_dict())) for v in ("default", "full", "smoke")}
+    assert len(fields) == 1
+    with pytest.raises(ValueError, match="there are default, full and smoke"):
+        get_config("huge")
+
+
+def test_the_folder_holds_what_a_run_promises(smoke):
+    folder, config, _, result = smoke
+    for name in ("samples.png", "denoising.png", "curves.png", "metrics.jsonl", "measured.json"):
+        assert (folder / name).stat().st_size > 0, name
+    assert list((folder / "tensorboard").glob("*tfevents*"))
+    assert (folder / "checkpoints" / str(config.train.steps)).is_dir()
+    assert list((folder / "images").glob("samples_*.png"))
+    assert [c.verdict for c in result.claims] == ["not judged"] * 5
+    assert all(c.statement and c.source.startswith("https://") for c in result.claims)
+
+
+def test_a_finished_seed_is_read_back(smoke, monkeypatch):
+    folder, config, _, result = smoke
+    monkeypatch.setattr(ddpm, "fit", None)
+    again = ddpm.run(config, folder)
+    assert again.claims == result.claims
+
+
+def test_samples_do_not_depend_on_the_devices(smoke):
+    folder, config, _, _ = smoke
+    measured = json.loads((folder / "measured.json").read_text())
+    assert jax.device_count() == 8
+    shape = (8, 8, 1)
+    plan = ddpm.build(config, shape, 10)
+    params = plan.task.init(jax.random.key(0)).params
+    one = ddpm.dataclasses.replace(plan, mesh=ddpm.meshes.make_mesh(devices=jax.devices()[:1]))
+    many, single = (ddpm.sampler(p, shape, 10)(params, 0, 2, 1.0) for p in (plan, one))
+    assert many.shape == (config.sample.num, *shape)
+    assert abs(many - single).max() < 1e-5
+    assert measured["steps"] == list(config.sample.steps)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.batch_size", 12, r"batch of 12 does not divide over data=8 x fsdp=1"),
+        ("mesh.fsdp", 3, r"fsdp=3 needs 6 devices, but there are 8"),
+        ("diffusion.schedule", "sigmoid", r"one of linear, post, cosine, got 'sigmoid'"),
+        ("sample.steps", (2, 5000), r"within 1\.\.1000"),
+        ("sample.num", 41, r"multiple of the 10 classes"),
+        ("optim.ema_decay", 1.5, r"ema_decay must be in \[0, 1\)"),
+    ],
+)
+def test_a_config_that_cannot_be_run_says_why(tmp_path, field, value, message):
+    config = get_config("smoke")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=message):
+        ddpm.run(config, tmp_path)
