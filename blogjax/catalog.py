@@ -54,7 +54,7 @@ POSTS = (
         ),
         experiment="experiments/ddpm.py",
         config="configs/ddpm.py",
-        tests=("tests/diffusion/test_elbo.py", "tests/diffusion/test_gaussian.py"),
+        tests=("tests/diffusion/test_elbo.py", "tests/diffusion/test_gaussian_diffusion.py"),
     ),
     Post(
         slug="S31",
@@ -65,7 +65,7 @@ POSTS = (
         modules=("blogjax/diffusion/sampling.py", "blogjax/diffusion/reverse.py"),
         experiment="experiments/ddpm.py",
         config="configs/ddpm.py",
-        tests=("tests/diffusion/test_reverse.py", "tests/diffusion/test_sampling.py"),
+        tests=("tests/diffusion/test_reverse.py", "tests/diffusion/test_diffusion_sampling.py"),
     ),
 )
 

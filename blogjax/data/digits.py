@@ -2,7 +2,7 @@
 
 1797 images of 8 x 8 pixels with 17 grey levels, ten classes; nothing is downloaded. They are the
 test half of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998, UCI Machine
-Learning Repository, https://doi.org/10.24432/C50P49).
+Learning Repository, https://archive.ics.uci.edu/dataset/80).
 
 That half is ordered by writer: a contiguous cut puts different writers, and so different
 distributions, on its two sides. The splits here are stratified by class and shuffled with seed 0.
@@ -210,7 +210,7 @@ def _builder_class() -> Any:
             return tfds.core.DatasetInfo(
                 builder=self,
                 description="Handwritten digits of 8 x 8 pixels with grey levels 0 to 16.",
-                homepage="https://doi.org/10.24432/C50P49",
+                homepage="https://archive.ics.uci.edu/dataset/80",
                 features=tfds.features.FeaturesDict(
                     {
                         "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),

@@ -1,6 +1,6 @@
 """Frechet distance of two Gaussians: how far a generator's first two moments are from the data's.
 
-Papers: the distance, Dowson and Landau 1982, https://doi.org/10.1016/0047-259X(82)90077-X; as a
+Papers: the distance, Dowson and Landau 1982, J. Multivariate Analysis 12, 450-455; as a
 measure of generators, Heusel et al. 2017, https://arxiv.org/abs/1706.08500.
 
 It is the SQUARED 2-Wasserstein distance of the Gaussians, in squared units of the samples, as in

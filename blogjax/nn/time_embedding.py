@@ -95,15 +95,8 @@ class TimeEmbedding(nn.Module):
         t = jnp.asarray(t)
         if jnp.issubdtype(t.dtype, jnp.integer) or jnp.issubdtype(t.dtype, jnp.floating):
             t = t.astype(jnp.promote_types(t.dtype, jnp.float32)) * self.time_scale
+        init = nn.initializers.glorot_uniform()
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         h = sinusoidal_embedding(t, self.dim, self.max_period)
-        for name in ("hidden", "out"):
-            if name == "out":
-                h = nn.swish(h)
-            h = nn.Dense(
-                self.features,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=nn.initializers.glorot_uniform(),
-                name=name,
-            )(h)
-        return h
+        h = nn.swish(nn.Dense(self.features, kernel_init=init, name="hidden", **dtypes)(h))
+        return nn.Dense(self.features, kernel_init=init, name="out", **dtypes)(h)

@@ -79,7 +79,7 @@ def image_panels(
     if title:
         figure.suptitle(title, fontsize=12)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -133,5 +133,5 @@ def curves(
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8, frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
