@@ -29,8 +29,6 @@ from blogjax.diffusion import schedules
 from blogjax.diffusion.gaussian import denoising_loss, uniform_timesteps
 from blogjax.diffusion.sampling import sample
 from blogjax.diffusion.schedules import NoiseSchedule
-from blogjax.metrics.frechet import frechet_distance_from_samples
-from blogjax.metrics.neighbours import nearest_distances, precision_recall
 from blogjax.models.unet import UNet
 from blogjax.tasks.gradient import LossOutput, gradient_task
 from blogjax.train import mesh as meshes
@@ -197,7 +195,11 @@ def sampler(plan: Plan, image_shape: tuple[int, ...], num_classes: int) -> Calla
 
 def measure(plan: Plan, params: Any, seed: int, data: dict[str, Any], folder: pathlib.Path) -> Any:
     """Everything the claims rest on, for one seed; draws the pictures beside it."""
+    # Not before they are needed: scipy and scikit-learn would delay the first step.
     from sklearn.svm import SVC
+
+    from blogjax.metrics.frechet import frechet_distance_from_samples
+    from blogjax.metrics.neighbours import nearest_distances, precision_recall
 
     train, test = data["train"], data["test"]
     num_classes, shape = len(np.unique(train["label"])), train["image"].shape[1:]

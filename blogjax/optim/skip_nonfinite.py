@@ -43,7 +43,15 @@ def nonfinite_leaves(tree: Any) -> jax.Array:
     >>> nonfinite_leaves({"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(3)}).tolist()
     [True, False]
     """
-    leaves = [jnp.logical_not(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree)]
+
+    def is_bad(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.zeros((), jnp.bool_)
+        # 0 x is 0 where x is finite and NaN elsewhere. A sum of numbers compiles in half the time
+        # of a reduction with `and`, and runs as fast.
+        return jnp.isnan(jnp.sum(x * 0))
+
+    leaves = [is_bad(x) for x in jax.tree.leaves(tree)]
     return jnp.stack(leaves) if leaves else jnp.zeros((0,), jnp.bool_)
 
 
@@ -89,21 +97,21 @@ def skip_nonfinite(
         bad = nonfinite_leaves(updates)
         skip = jnp.any(bad)
 
-        # Closures, not operands: an extra argument may be a function.
+        # Closures, not operands: an extra argument may be a function. Under jit it is traced once,
+        # though both `eval_shape` and `cond` ask for it.
+        @jax.jit
         def take():
-            return inner.update(updates, state.inner, params, **extra_args)
+            new_updates, new_inner = inner.update(updates, state.inner, params, **extra_args)
+            return new_updates, new_inner, state.skipped
 
         # The dtypes of the zeros must be those of inner's result, which need not be the gradients'.
-        shapes, _ = jax.eval_shape(take)
+        shapes = jax.eval_shape(take)[0]
 
         def leave():
-            return jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes), state.inner
+            nothing = jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes)
+            return nothing, state.inner, state.skipped + 1
 
-        new_updates, new_inner = jax.lax.cond(skip, leave, take)
-        return new_updates, SkipNonfiniteState(
-            skipped=state.skipped + skip.astype(jnp.int32),
-            nonfinite_leaves=bad,
-            inner=new_inner,
-        )
+        new_updates, new_inner, skipped = jax.lax.cond(skip, leave, take)
+        return new_updates, SkipNonfiniteState(skipped, bad, new_inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -160,7 +160,8 @@ def gradient_task(
         opt_state: Any
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        skip = jnp.any(opt_state.nonfinite_leaves)
+        # From the count, not from the flags: else XLA computes `any` anew in every leaf's update.
+        skip = opt_state.skipped != state.opt_state.skipped
 
         model_state = state.model_state
         if out.model_state is not None:

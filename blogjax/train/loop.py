@@ -8,8 +8,10 @@ Randomness is `fold_in(key(seed), state.step)` and a batch is a pure function of
 checkpoint is the state and nothing else, and resuming is exact to the bit.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
 import time
@@ -49,10 +51,10 @@ class NonfiniteError(ArithmeticError):
 
 
 class Compiled(NamedTuple):
-    """The compiled functions of a task on a mesh, and the shapes they work on."""
+    """The functions of a task jitted for a mesh, and the shapes they work on."""
 
     abstract: Any
-    step: Callable[..., Any]
+    step: Any
     evaluate: Callable[..., Any] | None
     render: Callable[..., Any] | None
 
@@ -183,6 +185,14 @@ def fit(
                 raise ValueError(
                     f"{folder} has been trained for {start} steps already, more than {steps}"
                 )
+    ahead = prefetch(
+        batches, start, steps, lambda b: meshes.put_batch(b, mesh), depth=prefetch_depth
+    )
+    first = list(itertools.islice(ahead, 1))
+    # XLA works on the step in a thread while this one makes the state and opens the files. A later
+    # batch of other shapes is an error, not a silent second compilation.
+    lowered = [compiled.step.lower(compiled.abstract, batch, key) for batch in first]
+    making_step = _in_thread(lambda: [program.compile() for program in lowered])
     if state is None:
         first_key = jax.random.fold_in(jax.random.key(seed), _INIT)
         first_key = jax.device_put(first_key, meshes.replicated(mesh))
@@ -203,11 +213,11 @@ def fit(
     if verbose:
         show_start(mesh, compiled.abstract, batches.batch_size, steps, start)
     saved_at = time.monotonic()
-    ahead = prefetch(
-        batches, start, steps, lambda b: meshes.put_batch(b, mesh), depth=prefetch_depth
-    )
     with StopRequest() as stop:
         try:
+            step_once = making_step.result()
+            upcoming = itertools.chain(first, ahead)
+            del first  # a batch is freed once its step is over
             for step in range(start, steps + 1):
                 last = step == steps
                 # At the step resumed from, too: its evaluation was cut off with what came after.
@@ -236,8 +246,8 @@ def fit(
                     raise Interrupted(step)
 
                 with jax.transfer_guard("disallow"):
-                    batch = next(ahead)
-                    state, metrics = compiled.step(state, batch, key)
+                    batch = next(upcoming)
+                    state, metrics = step_once[0](state, batch, key)
                     run.log(step + 1, metrics, state)
             if checkpoints is not None:
                 checkpoints.wait()
@@ -249,6 +259,13 @@ def fit(
         ahead.close()
         run.close()
     return state
+
+
+def _in_thread(function: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    future = pool.submit(function)
+    pool.shutdown(wait=False)
+    return future
 
 
 def _due(step: int, every: int | None) -> bool:
