@@ -14,7 +14,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data = ConfigDict({"batch_size": 64})
     config.model = ConfigDict(
         {
-            "channels": 32,
+            "channels": 24,
             "multipliers": (1, 2),
             "num_blocks": 1,
             "attention_resolutions": (),
@@ -51,7 +51,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     )
     # Claims are measured on `num` samples at each number of `steps`, fewest first.
     config.sample = ConfigDict(
-        {"num": 1000, "batch_size": 500, "steps": (5, 10, 20, 50), "clip": True}
+        {"num": 1000, "batch_size": 250, "steps": (5, 10, 20, 50), "clip": True}
     )
     config.mesh = ConfigDict({"fsdp": 1})
     config.judge = True

@@ -22,15 +22,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from blogjax.core.random import fold_in_rows, split_keys
+from blogjax.core.random import fold_in_rows
 from blogjax.data import digits
 from blogjax.data.batches import Batches, EvaluationBatches
 from blogjax.diffusion import schedules
-from blogjax.diffusion.gaussian import denoising_loss, uniform_timesteps
 from blogjax.diffusion.sampling import sample
 from blogjax.diffusion.schedules import NoiseSchedule
 from blogjax.models.unet import UNet
-from blogjax.tasks.gradient import LossOutput, gradient_task
+from blogjax.tasks.denoising import Apply, denoising_task
 from blogjax.train import mesh as meshes
 from blogjax.train.checkpoint import Best
 from blogjax.train.loop import fit
@@ -52,7 +51,7 @@ class Plan:
     """A config put to use."""
 
     mesh: Mesh
-    model: UNet
+    apply: Apply
     schedule: NoiseSchedule
     prediction: Any
     task: Task
@@ -82,113 +81,98 @@ def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
         )
     return Plan(
         mesh=mesh,
-        model=model,
+        apply=make_apply(model),
         schedule=schedule,
         prediction=config.diffusion.prediction,
-        task=make_task(model, schedule, config, image_shape),
+        task=denoising_task(
+            make_init(model, image_shape),
+            make_apply(model),
+            schedule,
+            make_optimizer(config.optim, config.train.steps),
+            prediction=config.diffusion.prediction,
+            weighting=config.diffusion.weighting,
+            ema_decay=config.optim.ema_decay,
+        ),
         samples=config.sample,
     )
 
 
-def make_task(
-    model: UNet, schedule: NoiseSchedule, config: Any, image_shape: tuple[int, ...]
-) -> Task:
-    """Denoising as a task: batches of `image` in [-1, 1] and `label`."""
-    prediction, weighting = config.diffusion.prediction, config.diffusion.weighting
+def make_optimizer(optim: Any, steps: int) -> optax.GradientTransformation:
+    """Adam on clipped gradients; the rate rises linearly, then falls like a cosine to 0."""
+    learning_rate = optax.warmup_cosine_decay_schedule(
+        0.0,
+        optim.learning_rate,
+        warmup_steps=int(optim.warmup_fraction * steps),
+        decay_steps=steps,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        optax.adam(learning_rate, b1=optim.b1, b2=optim.b2),
+    )
+
+
+def make_init(model: UNet, image_shape: tuple[int, ...]) -> Callable[[jax.Array], Any]:
+    """The network's first parameters."""
 
     def init(key: jax.Array) -> Any:
         x = jnp.zeros((1, *image_shape))
         return model.init(key, x, jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32), train=False)
 
-    def losses(params: Any, batch: Any, key: jax.Array, train: bool) -> jax.Array:
-        time_key, noise_key = split_keys(fold_in_rows(key, batch["row"]))
-        times = uniform_timesteps(time_key, batch["row"].shape, schedule)
-
-        def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            return model.apply(
-                {"params": params}, x_t, t, batch["label"], train=train,
-                rngs={"dropout": jax.random.fold_in(key, 2**32 - 1)},
-            )  # pyright: ignore  # fmt: skip
-
-        return denoising_loss(
-            denoise, noise_key, batch["image"], times, schedule,
-            prediction=prediction, weighting=weighting,
-        )  # fmt: skip
-
-    def render(params: Any, model_state: Any, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
-        images = draw(
-            model, schedule, prediction, params, fold_in_rows(key, batch["row"]), batch["label"],
-            image_shape, steps=10, eta=0.0, clip=True,
-        )  # fmt: skip
-        return {"samples": images / 2 + 0.5}
-
-    optim = config.optim
-    learning_rate = optax.warmup_cosine_decay_schedule(
-        0.0,
-        optim.learning_rate,
-        warmup_steps=int(optim.warmup_fraction * config.train.steps),
-        decay_steps=config.train.steps,
-    )
-    return gradient_task(
-        init,
-        lambda params, model_state, batch, key: LossOutput(losses(params, batch, key, True)),
-        optax.chain(
-            optax.clip_by_global_norm(optim.clip_norm),
-            optax.adam(learning_rate, b1=optim.b1, b2=optim.b2),
-        ),
-        ema_decay=optim.ema_decay,
-        evaluate=lambda params, model_state, batch, key: {
-            "loss": losses(params, batch, key, False)
-        },
-        render=render,
-    )
+    return init
 
 
-def draw(
-    model: UNet, schedule: NoiseSchedule, prediction: Any, params: Any, keys: jax.Array,
-    labels: jax.Array, image_shape: tuple[int, ...], *, steps: int, eta: Any, clip: bool,
-    trajectory: bool = False,
-) -> jax.Array:  # fmt: skip
-    """Images of the classes asked for, one key each, in [-1, 1]."""
+def make_apply(model: UNet) -> Apply:
+    """The network as `denoising_task` calls it."""
 
-    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, x_t, t, labels, train=False)  # pyright: ignore
+    def apply(params: Any, x: Any, t: Any, label: Any, keys: Any) -> Any:
+        if keys is None or model.dropout == 0:
+            return model.apply({"params": params}, x, t, label, train=False)
 
-    return sample(
-        keys, denoise, schedule, (*labels.shape, *image_shape), steps=steps, eta=eta,
-        prediction=prediction, clip_x0=1.0 if clip else None, trajectory=trajectory,
-    )  # fmt: skip
+        def one(x: jax.Array, t: jax.Array, label: jax.Array, key: jax.Array) -> Any:
+            inputs = (x[None], t[None], label[None])
+            rngs = {"dropout": key}
+            return model.apply({"params": params}, *inputs, train=True, rngs=rngs)[0]  # type: ignore
+
+        return jax.vmap(one)(x, t, label, keys)  # each example drops by its own key
+
+    return apply
 
 
 def sampler(plan: Plan, image_shape: tuple[int, ...], num_classes: int) -> Callable[..., Any]:
-    """Returns `generate(params, seed, steps, eta)`: `sample.num` images of all classes in turn."""
+    """Returns `generate(params, seed, steps, eta) -> [steps + 1, sample.num, ...]`.
+
+    The states from noise to images, of all classes in turn.
+    """
     num, size = plan.samples.num, plan.samples.batch_size
     devices = plan.mesh.size
     size = -(-size // devices) * devices
     split, whole = meshes.batch_sharding(plan.mesh), meshes.replicated(plan.mesh)
 
-    @functools.partial(jax.jit, static_argnames=("steps", "trajectory"))
-    def generate_batch(params: Any, key: jax.Array, rows: jax.Array, eta: Any, *, steps: int,
-                       trajectory: bool) -> jax.Array:  # fmt: skip
+    @functools.partial(jax.jit, static_argnames="steps")
+    def generate_batch(
+        params: Any, key: jax.Array, rows: jax.Array, eta: Any, *, steps: int
+    ) -> jax.Array:
         rows = jax.lax.with_sharding_constraint(rows, split)
-        return draw(
-            plan.model, plan.schedule, plan.prediction, params, fold_in_rows(key, rows),
-            rows % num_classes, image_shape, steps=steps, eta=eta, clip=plan.samples.clip,
-            trajectory=trajectory,
-        )  # fmt: skip
+        return sample(
+            fold_in_rows(key, rows),
+            lambda x_t, t: plan.apply(params, x_t, t, rows % num_classes, None),
+            plan.schedule,
+            (size, *image_shape),
+            steps=steps,
+            eta=eta,
+            prediction=plan.prediction,
+            clip_x0=1.0 if plan.samples.clip else None,
+            trajectory=True,
+        )
 
-    def generate(
-        params: Any, seed: int, steps: int, eta: float, trajectory: bool = False
-    ) -> np.ndarray:
+    def generate(params: Any, seed: int, steps: int, eta: float) -> np.ndarray:
         # The same noise for every sampler: what differs between them is not chance.
         key = jax.device_put(jax.random.key(seed), whole)
         parts = []
         for first in range(0, num, size):
-            rows = np.arange(first, first + size, dtype=np.int32)
-            rows = jax.device_put(rows, split)
-            parts.append(generate_batch(params, key, rows, eta, steps=steps, trajectory=trajectory))
-        axis = 1 if trajectory else 0
-        return np.concatenate(jax.device_get(parts), axis=axis).take(range(num), axis=axis)
+            rows = jax.device_put(np.arange(first, first + size, dtype=np.int32), split)
+            parts.append(jax.device_get(generate_batch(params, key, rows, eta, steps=steps)))
+        return np.concatenate(parts, axis=1)[:, :num]
 
     return generate
 
@@ -205,11 +189,13 @@ def measure(plan: Plan, params: Any, seed: int, data: dict[str, Any], folder: pa
     num_classes, shape = len(np.unique(train["label"])), train["image"].shape[1:]
     generate = sampler(plan, shape, num_classes)
     labels = np.arange(plan.samples.num) % num_classes
-    images: dict[tuple[int, float], np.ndarray] = {}
-    for eta in (0.0, 1.0):
-        for steps in plan.samples.steps:
-            images[steps, eta] = generate(params, seed, steps, eta)
     steps = list(plan.samples.steps)
+    images: dict[tuple[int, float], np.ndarray] = {}
+    states = np.empty(0)
+    for eta in (1.0, 0.0):
+        for s in steps:
+            states = generate(params, seed, s, eta)
+            images[s, eta] = states[-1]
     distance = {
         f"{eta:g}": [frechet_distance_from_samples(images[s, eta], test["image"]) for s in steps]
         for eta in (0.0, 1.0)
@@ -223,7 +209,7 @@ def measure(plan: Plan, params: Any, seed: int, data: dict[str, Any], folder: pa
     held_out = nearest_distances(_rows(test["image"]), _rows(train["image"]))
     quality = precision_recall(_rows(test["image"]), _rows(best))
     _draw_samples(folder, best, test, num_classes)
-    _draw_denoising(folder, plan, generate(params, seed, steps[-1], 0.0, True), num_classes)
+    _draw_denoising(folder, plan, states, num_classes)
     return {
         "steps": steps,
         "frechet": distance,
@@ -354,7 +340,8 @@ def run(config: Any, workdir: pathlib.Path) -> Result:
         stored = folder / "measured.json"
         if not stored.exists():
             state = train(plan, config, seed, data, folder)
-            print("sampling", flush=True)
+            counts = ", ".join(str(s) for s in config.sample.steps)
+            print(f"sampling with {counts} steps, eta 0 and 1", flush=True)
             write_json(stored, measure(plan, state.averaged_params, seed, data, folder))
         measured.append(json.loads(stored.read_text()))
     draw_curves(workdir / "curves.png", folders, measured)

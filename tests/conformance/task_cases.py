@@ -11,19 +11,25 @@ import optax
 
 from blogjax.core.random import fold_in_rows, normal
 from blogjax.data.batches import Batches, EvaluationBatches
+from blogjax.diffusion.schedules import linear_beta_schedule
+from blogjax.models.unet import UNet
+from blogjax.tasks.denoising import denoising_task
 from blogjax.tasks.gradient import LossOutput, gradient_task
 from blogjax.train.task import Task
+from experiments import ddpm
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """How to make a task, given the optimiser and the mapped axis, and what to feed it.
 
-    `rows_interact`: one example's loss depends on the others, as with batch statistics.
+    `poison` names an array whose NaN reaches the loss; `rows_interact`: one example's loss depends
+    on the others, as with batch statistics.
     """
 
     make: Callable[[optax.GradientTransformation, str | None], Task]
     arrays: dict[str, np.ndarray]
+    poison: str = "x"
     rows_interact: bool = False
 
     def batches(self, size: int = 16) -> Batches:
@@ -100,7 +106,23 @@ def batch_norm_regression(tx: optax.GradientTransformation, axis_name: str | Non
     )  # fmt: skip
 
 
+def denoising(tx: optax.GradientTransformation, axis_name: str | None = None) -> Task:
+    """A tiny U-Net as experiments/ddpm.py trains it, with dropout."""
+    model = UNet(channels=4, multipliers=(1,), num_blocks=1, num_classes=3, dropout=0.3)
+    return denoising_task(
+        ddpm.make_init(model, (4, 4, 1)), ddpm.make_apply(model), linear_beta_schedule(20), tx,
+        ema_decay=0.9, render_steps=2, axis_name=axis_name,
+    )  # fmt: skip
+
+
+def _image_data(n: int = 44) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    image = rng.uniform(-1, 1, size=(n, 4, 4, 1)).astype(np.float32)
+    return {"image": image, "label": rng.integers(0, 3, size=n).astype(np.int32)}
+
+
 CASES = {
     "noisy_regression": Case(noisy_regression, _regression_data()),
-    "batch_norm_regression": Case(batch_norm_regression, _regression_data(), True),
+    "batch_norm_regression": Case(batch_norm_regression, _regression_data(), rows_interact=True),
+    "denoising": Case(denoising, _image_data(), poison="image"),
 }

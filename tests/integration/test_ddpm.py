@@ -59,7 +59,7 @@ def test_samples_do_not_depend_on_the_devices(smoke):
     params = plan.task.init(jax.random.key(0)).params
     one = ddpm.dataclasses.replace(plan, mesh=ddpm.meshes.make_mesh(devices=jax.devices()[:1]))
     many, single = (ddpm.sampler(p, shape, 10)(params, 0, 2, 1.0) for p in (plan, one))
-    assert many.shape == (config.sample.num, *shape)
+    assert many.shape == (3, config.sample.num, *shape)
     assert abs(many - single).max() < 1e-5
     assert measured["steps"] == list(config.sample.steps)
 

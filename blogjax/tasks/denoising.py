@@ -1,0 +1,111 @@
+"""The task of a diffusion model: denoise, evaluate the same loss, render samples.
+
+What: `denoising_task`, a `gradient_task` whose loss is `diffusion.gaussian.denoising_loss` at
+  uniformly drawn times.
+Posts: https://kexue.fm/archives/9152, https://kexue.fm/archives/9164
+Paper: Ho et al. 2020, arXiv:2006.11239, algorithm 1.
+Differences from the paper: what is predicted and how it is weighed are arguments; classes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from blogjax.core.random import Key, fold_in_rows, split_keys
+from blogjax.diffusion.gaussian import Weighting, denoising_loss, uniform_timesteps
+from blogjax.diffusion.prediction import Prediction
+from blogjax.diffusion.sampling import sample
+from blogjax.diffusion.schedules import NoiseSchedule
+from blogjax.tasks.gradient import LossOutput, gradient_task
+from blogjax.train.task import Batch, Task
+
+Apply = Callable[[Any, jax.Array, jax.Array, jax.Array, Key | None], jax.Array]
+
+
+def denoising_task(
+    init: Callable[[Key], Mapping[str, Any]],
+    apply: Apply,
+    schedule: NoiseSchedule,
+    tx: optax.GradientTransformation,
+    *,
+    prediction: Prediction = "eps",
+    weighting: Weighting = "simple",
+    ema_decay: float | None = None,
+    render_steps: int = 10,
+    axis_name: str | None = None,
+) -> Task:
+    """Makes a task of batches with `image`, `[B, ...]` in [-1, 1], and `label`, `[B]`.
+
+    Time, noise and dropout of an example are drawn from `fold_in(key, row)`. The loss is summed
+    over the image, in nats or squared pixels as `weighting` says, and averaged over the batch.
+
+    Args:
+      init: `init(key) -> {"params": tree}`.
+      apply: `apply(params, x_t, t, label, keys) -> [B, ...]`, what the network predicts. `keys` is
+        one key per example while training, for dropout, and None otherwise.
+      schedule: discrete.
+      tx: the optimiser.
+      prediction: what the network returns; see `diffusion.gaussian`.
+      weighting: see `denoising_loss`.
+      ema_decay: of the parameters that are evaluated and rendered; see `gradient_task`.
+      render_steps: steps of DDIM in a rendered sample.
+      axis_name: see `gradient_task`.
+
+    Returns:
+      A `Task`; it evaluates `loss` and renders `samples` of the batch's labels.
+
+    >>> import jax.numpy as jnp
+    >>> from blogjax.diffusion.schedules import linear_beta_schedule
+    >>> def apply(params, x_t, t, label, keys):
+    ...     return params["scale"] * x_t
+    >>> init = lambda key: {"params": {"scale": jnp.zeros(())}}
+    >>> task = denoising_task(init, apply, linear_beta_schedule(10), optax.sgd(1e-3))
+    >>> batch = {"image": jnp.ones((4, 2, 2, 1)), "label": jnp.zeros(4, jnp.int32),
+    ...          "row": jnp.arange(4), "weight": jnp.ones(4)}
+    >>> state, metrics = task.step(task.init(jax.random.key(0)), batch, jax.random.key(1))
+    >>> int(state.step), metrics["loss"].shape
+    (1, ())
+    """
+
+    def losses(params: Any, batch: Batch, key: Key, train: bool) -> jax.Array:
+        time_keys, noise_keys, dropout_keys = split_keys(fold_in_rows(key, batch["row"]), 3)
+        times = uniform_timesteps(time_keys, batch["row"].shape, schedule)
+
+        def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+            return apply(params, x_t, t, batch["label"], dropout_keys if train else None)
+
+        return denoising_loss(
+            denoise,
+            noise_keys,
+            batch["image"],
+            times,
+            schedule,
+            prediction=prediction,
+            weighting=weighting,
+        )
+
+    def render(params: Any, model_state: Any, batch: Batch, key: Key) -> dict[str, jax.Array]:
+        images = sample(
+            fold_in_rows(key, batch["row"]),
+            lambda x_t, t: apply(params, x_t, t, batch["label"], None),
+            schedule,
+            batch["image"].shape,
+            steps=min(render_steps, schedule.num_steps),
+            prediction=prediction,
+            clip_x0=1.0,
+        )
+        return {"samples": images / 2 + 0.5}
+
+    return gradient_task(
+        init,
+        lambda params, model_state, batch, key: LossOutput(losses(params, batch, key, True)),
+        tx,
+        ema_decay=ema_decay,
+        evaluate=lambda params, model_state, batch, key: {
+            "loss": losses(params, batch, key, False)
+        },
+        render=render,
+        axis_name=axis_name,
+    )
