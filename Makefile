@@ -7,6 +7,9 @@ PYTHON := $(BIN)/python
 TRAIN := .venv/.train-installed
 TEST := .venv/.test-installed
 
+# Without bytecode every start would compile hundreds of modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test check slow lock bench readme
 .DELETE_ON_ERROR:
 

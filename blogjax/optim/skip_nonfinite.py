@@ -44,15 +44,15 @@ def nonfinite_leaves(tree: Any) -> jax.Array:
     [True, False]
     """
 
-    def is_bad(x: jax.Array) -> jax.Array:
+    def check(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
-            return jnp.zeros((), jnp.bool_)
-        # 0 x is 0 where x is finite and NaN elsewhere. A sum of numbers compiles in half the time
-        # of a reduction with `and`, and runs as fast.
-        return jnp.isnan(jnp.sum(x * 0))
+            return jnp.zeros((), jnp.float32)
+        # 0 x is 0 where x is finite and NaN elsewhere. One comparison then serves all leaves: on a
+        # CPU that compiles in a fraction of the time of an `all(isfinite(x))` each.
+        return jnp.sum(x * 0).real.astype(jnp.float32)
 
-    leaves = [is_bad(x) for x in jax.tree.leaves(tree)]
-    return jnp.stack(leaves) if leaves else jnp.zeros((0,), jnp.bool_)
+    sums = [check(x) for x in jax.tree.leaves(tree)]
+    return jnp.isnan(jnp.stack(sums)) if sums else jnp.zeros((0,), jnp.bool_)
 
 
 def skip_nonfinite(

@@ -20,7 +20,9 @@ def abstract_state(task: Task, mesh: Mesh) -> Any:
     Raises:
       ValueError: if the state has no `step` of shape `[]` and dtype int32.
     """
-    abstract = jax.eval_shape(task.init, jax.random.key(0))
+    # A key on the mesh, as `init_state` gets one: then `init` is traced once for both.
+    key = jax.device_put(jax.random.key(0), replicated(mesh))
+    abstract = jax.eval_shape(task.init, key)
     step = getattr(abstract, "step", None)
     if step is None or step.shape != () or step.dtype != "int32":
         raise ValueError(
