@@ -40,16 +40,18 @@ lock: $(TEST)
 	$(BIN)/uv pip compile -q --universal --upgrade --no-annotate --no-header \
 	  --python-version 3.11 --extra train --extra test setup.cfg -o requirements.txt
 
+comma := ,
+
 # The versions of requirements.txt; uv where it can be had, else pip.
 define install
 	@test -x $(PYTHON) || { \
 	  $(PY) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v else \
 	    "error: blogjax needs Python 3.11 or newer, this is %d.%d; try make PY=python3.11" % v[:2])' \
 	  && $(PY) -m venv .venv; }
-	@echo 'installing $(1) into .venv: $(2)'
+	@echo 'installing blogjax[$(1)] into .venv: $(2)'
 	@$(BIN)/pip install -q --disable-pip-version-check uv 2>/dev/null; \
-	if $(BIN)/uv pip install -q --python $(PYTHON) -c requirements.txt -e '$(1)' 2>.venv/.uv.log; then :; \
-	elif $(BIN)/pip install -q --disable-pip-version-check -c requirements.txt -e '$(1)' 2>.venv/.pip.log; then :; \
+	if $(BIN)/uv pip install -q --python $(PYTHON) -c requirements.txt -e '.[$(1)]' 2>.venv/.uv.log; then :; \
+	elif $(BIN)/pip install -q --disable-pip-version-check -c requirements.txt -e '.[$(1)]' 2>.venv/.pip.log; then :; \
 	else tail -n 5 .venv/.pip.log >&2; echo 'error: the packages could not be installed. If no package' \
 	  'registry can be reached from here,' >&2; echo 'point pip at a mirror or a folder of wheels' \
 	  '(PIP_INDEX_URL or PIP_FIND_LINKS) and run make again.' >&2; exit 1; fi
@@ -59,8 +61,8 @@ define install
 endef
 
 $(TRAIN): setup.cfg pyproject.toml requirements.txt
-	$(call install,.[train],jax with what trains and draws)
+	$(call install,train,jax with what trains and draws)
 
 $(TEST): setup.cfg pyproject.toml requirements.txt
-	$(call install,.[train,test],jax with what trains and draws and tests)
+	$(call install,train$(comma)test,jax with what trains and draws and tests)
 	@touch $(TRAIN)
