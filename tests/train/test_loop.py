@@ -68,7 +68,8 @@ def test_order_and_cadence(tmp_path, monkeypatch):
 def run_script(*args):
     script = pathlib.Path(__file__).with_name("killed_run.py")
     cases = script.parents[1] / "conformance"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(cases)}
+    path = os.pathsep.join([str(cases), str(script.parents[2])])
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     return subprocess.run([sys.executable, script, *map(str, args)], env=env, capture_output=True)
 
 
