@@ -13,11 +13,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core import unfreeze
 
 from blogjax.core.masked import masked_sum
 from blogjax.core.norms import global_norm
 from blogjax.optim.skip_nonfinite import skip_nonfinite
 from blogjax.train.task import Batch, Metrics, NonfiniteLeaves, Sums, Task, leaf_paths
+
+PARAMETERS = "the parameters after the update"
+_METRICS = {
+    "loss",
+    "grad_norm",
+    "update_norm",
+    "param_norm",
+    "skipped",
+    "nonfinite",
+    "step",
+    "kind",
+}
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +83,23 @@ def ema_decay_with_warmup(decay: float, step: jax.Array) -> jax.Array:
     return jnp.minimum(decay, (1 + n) / (10 + n))
 
 
+def _check_alike(old: Any, new: Any) -> None:
+    """Raises ValueError, naming the leaf, if a model state came back with another layout."""
+    before, after = (
+        {
+            path: (x.shape, str(x.dtype))
+            for path, x in zip(leaf_paths(t), jax.tree.leaves(t), strict=True)
+        }
+        for t in (old, new)
+    )
+    for path in sorted(before.keys() | after.keys()):
+        if before.get(path) != after.get(path):
+            raise ValueError(
+                f"model state {path}: {before.get(path, 'absent')} before the loss, "
+                f"{after.get(path, 'absent')} after it"
+            )
+
+
 def gradient_task(
     init: Callable[[jax.Array], Mapping[str, Any]],
     loss: Callable[[Any, Any, Batch, jax.Array], LossOutput],
@@ -85,13 +115,15 @@ def gradient_task(
     The mean runs over the global batch: `sum_i weight_i loss_i / sum_i weight_i`. Rows of weight 0
     count nothing, whatever they hold. The optimiser is wrapped in `skip_nonfinite`: a step whose
     gradients are not finite changes neither parameters, optimiser, average nor model state, only
-    `step`, and its metrics say which leaves were at fault.
+    `step`, and its metrics say which leaves were at fault. If the optimiser itself makes the
+    parameters overflow, the metrics say that the state is lost.
 
     Args:
       init: `init(key) -> {"params": tree, **model_state}`, as a linen module's `init` returns.
       loss: `loss(params, model_state, batch, key) -> LossOutput`. Draw what is random about an
         example from `fold_in_rows(key, batch["row"])`.
-      tx: the optimiser.
+      tx: the optimiser. It is given the loss as `value` and the gradients as `grad`, for those
+        that ask; a line search that must evaluate the loss again is not supported.
       ema_decay: in [0, 1); the average's decay after warm-up (see `ema_decay_with_warmup`).
       evaluate: `evaluate(averaged params, model_state, batch, key) -> {name: [B] or [B, ...]}`,
         one row per example; averaged over the evaluation data.
@@ -124,8 +156,12 @@ def gradient_task(
     def over_devices(tree: Any) -> Any:
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
+    def over_devices_mean(x: jax.Array) -> jax.Array:
+        # Counters are the same everywhere, and a mean would make them floats.
+        return jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
     def init_state(key: jax.Array) -> GradientState:
-        variables = dict(init(key))
+        variables = unfreeze(dict(init(key)))
         if "params" not in variables:
             raise ValueError(f"init must return a dict with 'params', got {sorted(variables)}")
         params = variables.pop("params")
@@ -155,19 +191,25 @@ def gradient_task(
             return masked_sum(out.loss, weight) / total, out
 
         (mean_loss, out), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        taken = _METRICS & set(out.metrics)
+        if taken:
+            raise ValueError(f"metrics of the loss may not be called {sorted(taken)}")
         means = {name: masked_sum(values, weight) / total for name, values in out.metrics.items()}
         mean_loss, means, grads = over_devices((mean_loss, means, grads))
         opt_state: Any
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, value=mean_loss, grad=grads
+        )
         params = optax.apply_updates(state.params, updates)
         # From the count, not from the flags: else XLA computes `any` anew in every leaf's update.
         skip = opt_state.skipped != state.opt_state.skipped
 
         model_state = state.model_state
         if out.model_state is not None:
-            new = out.model_state
+            new = {**model_state, **unfreeze(out.model_state)}
+            _check_alike(model_state, new)
             if axis_name is not None:
-                new = jax.lax.pmean(new, axis_name)
+                new = jax.tree.map(over_devices_mean, new)
             model_state = jax.tree.map(lambda a, b: jnp.where(skip, a, b), model_state, new)
         ema = state.ema
         if ema_decay is not None:
@@ -176,14 +218,21 @@ def gradient_task(
             ema = jax.tree.map(
                 lambda e, p: e + jnp.where(skip, -0.0, rate.astype(e.dtype) * (p - e)), ema, params
             )
+        param_norm = global_norm(params)
+        # An optimiser can overflow on finite gradients; then the state is lost, and must be seen.
+        lost = jnp.logical_not(jnp.isfinite(param_norm))
         metrics: Metrics = {
             **means,
             "loss": mean_loss,
             "grad_norm": global_norm(grads),
             "update_norm": global_norm(updates),
-            "param_norm": global_norm(params),
+            "param_norm": param_norm,
             "skipped": opt_state.skipped,
-            "nonfinite": NonfiniteLeaves(opt_state.nonfinite_leaves, leaf_paths(grads)),
+            "nonfinite": NonfiniteLeaves(
+                flags=jnp.append(opt_state.nonfinite_leaves, lost),
+                recoverable=jnp.logical_not(lost),
+                paths=(*leaf_paths(grads), PARAMETERS),
+            ),
         }
         new_state = GradientState(state.step + 1, params, model_state, opt_state, ema)
         return new_state, metrics

@@ -8,11 +8,10 @@ moved aside, and the next older checkpoint is used.
 
 import contextlib
 import json
-import logging
 import pathlib
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -102,11 +101,6 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], limit: int
     return "\n".join(lines[:limit] + more)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for Orbax's warning at every checkpoint between two evaluations; those are meant."""
-    return "did not provide metrics" not in record.getMessage()
-
-
 class Checkpoints:
     """The checkpoints of one run: the latest ones and the best one.
 
@@ -135,22 +129,22 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        logging.getLogger("absl").addFilter(_is_news)
         self._ocp: Any = ocp
         self._warn = warn
         self.best = best
         # Orbax needs an absolute path: processes may run in different folders.
         self.folder = pathlib.Path(folder).absolute()
-        kept: list[Any] = [policies.LatestN(keep)]
-        if best is not None:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[best.metric],
-                    reverse=best.mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        self._values: dict[int, float] = {}
+
+        best_step = self._best_step
+
+        class LatestAndBest(policies.PreservationPolicy):
+            def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+                del context
+                steps = [info.step for info in checkpoints]
+                kept = {*sorted(steps)[-keep:], best_step(steps)}
+                return [step in kept for step in steps]
+
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager: Any = ocp.CheckpointManager(
@@ -158,30 +152,31 @@ class Checkpoints:
                 item_names=("state", "meta"),
                 options=ocp.CheckpointManagerOptions(
                     cleanup_tmp_directories=True,
-                    # The policy decides what stays; without best_fn no metric would be written.
-                    best_fn=None if best is None else lambda metrics: metrics[best.metric],
-                    best_mode="min" if best is None else best.mode,
-                    preservation_policy=policies.AnyPreservationPolicy(kept),
+                    preservation_policy=LatestAndBest(),
                 ),
             )
         except OSError as error:
             raise CheckpointError(f"cannot keep checkpoints in {self.folder}: {error}") from error
+        if best is not None:
+            for step in self.steps():
+                with contextlib.suppress(Exception):  # a damaged one is dealt with by `restore`
+                    self._values[step] = self._meta(step)["metrics"][best.metric]
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def _best_step(self, steps: Iterable[int]) -> int | None:
+        known = [step for step in steps if step in self._values]
+        if self.best is None or not known:
+            return None
+        choose = min if self.best.mode == "min" else max
+        return choose(known, key=self._values.__getitem__)
+
     def best_value(self) -> float | None:
         """The metric of the best checkpoint kept, None if there is none."""
-        if self.best is None:
-            return None
-        values = []
-        for step in self.steps():
-            with contextlib.suppress(Exception):  # a damaged one is dealt with by `restore`
-                values.append((self._manager.metrics(step) or {})[self.best.metric])
-        if not values:
-            return None
-        return min(values) if self.best.mode == "min" else max(values)
+        step = self._best_step(self.steps())
+        return None if step is None else self._values[step]
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Starts to write `state` as the checkpoint of `step`.
@@ -195,16 +190,21 @@ class Checkpoints:
           CheckpointError: if this or the previous checkpoint could not be written. The older ones
             are intact.
         """
-        record = {"step": step, "layout": _layout(state), "fingerprints": fingerprints(state)}
+        value = None
+        if metrics is not None and self.best is not None and self.best.metric in metrics:
+            value = self._values[step] = float(metrics[self.best.metric])
+        record = {
+            "step": step,
+            "layout": _layout(state),
+            "fingerprints": fingerprints(state),
+            "metrics": {} if value is None or self.best is None else {self.best.metric: value},
+        }
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(state),
             meta=self._ocp.args.JsonSave({**record, "checksum": _checksum(record)}),
         )
-        chosen = None
-        if metrics is not None and self.best is not None and self.best.metric in metrics:
-            chosen = {self.best.metric: float(metrics[self.best.metric])}
         with self._clear_errors(step):
-            if not self._manager.save(step, args=args, metrics=chosen, force=True):
+            if not self._manager.save(step, args=args, force=True):
                 raise CheckpointError(
                     f"the checkpoint of step {step} was not taken; {self.folder} has {self.steps()}"
                 )
@@ -255,9 +255,11 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 state = self._restore_one(step, abstract)
-            except CheckpointMismatchError:
-                raise
+            except (CheckpointMismatchError, MemoryError, PermissionError):
+                raise  # no fault of the checkpoint's
             except Exception as error:
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
                 reason = f"checkpoint {step} is damaged: {_first_line(error)}"
                 rejected.append((step, reason))
                 continue
@@ -269,12 +271,16 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read:\n{reasons}")
         return None
 
-    def _restore_one(self, step: int, abstract: Any) -> Any:
+    def _meta(self, step: int) -> dict[str, Any]:
         args = self._ocp.args
         meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta
-        checksum = meta.pop("checksum")
-        if checksum != _checksum(meta) or meta["step"] != step:
+        if meta.pop("checksum") != _checksum(meta) or meta["step"] != step:
             raise CheckpointError("its description was changed")
+        return meta
+
+    def _restore_one(self, step: int, abstract: Any) -> Any:
+        args = self._ocp.args
+        meta = self._meta(step)
         wanted = _layout(abstract)
         if meta["layout"] != wanted:
             raise CheckpointMismatchError(
@@ -293,6 +299,7 @@ class Checkpoints:
 
     def _move_aside(self, step: int) -> pathlib.Path:
         """Out of the way, so that the step can be saved again; nothing is deleted."""
+        self._values.pop(step, None)
         target = self.folder.parent / "damaged_checkpoints" / str(step)
         number = 1
         while target.exists():

@@ -14,12 +14,13 @@ class Interrupted(Exception):
 
     Attributes:
       step: the step it stopped at, None outside of a loop.
+      state: the state there.
     """
 
-    def __init__(self, step: int | None = None):
+    def __init__(self, step: int | None = None, state: object = None):
         at = "" if step is None else f" at step {step}"
         super().__init__(f"interrupted{at}")
-        self.step = step
+        self.step, self.state = step, state
 
 
 class StopRequest:

@@ -119,3 +119,40 @@ def put_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
         name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
         for name, rows in batch.items()
     }
+
+
+class BatchPutter:
+    """`put_batch` for the batches of one source, each checked against what was announced.
+
+    Args:
+      mesh: the devices.
+      batch_size: rows of the global batch.
+
+    Raises:
+      ValueError: when called with a batch that has not this process's share of the rows, or other
+        names, shapes or dtypes than the first one.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int):
+        self._mesh, self._batch_size = mesh, batch_size
+        self._first: dict[str, Any] | None = None
+
+    def __call__(self, batch: HostBatch) -> dict[str, jax.Array]:
+        """Checks and puts one batch."""
+        rows = self._batch_size // jax.process_count()
+        layout = {name: (np.shape(x), str(np.asarray(x).dtype)) for name, x in batch.items()}
+        for name, (shape, _) in layout.items():
+            if not shape or shape[0] != rows:
+                raise ValueError(
+                    f"batch_size {self._batch_size} over {jax.process_count()} process(es) means "
+                    f"{rows} rows here, but {name} has shape {shape}"
+                )
+        if self._first is None:
+            self._first = layout
+        for name in sorted(layout.keys() | self._first.keys()):
+            if layout.get(name) != self._first.get(name):
+                raise ValueError(
+                    f"{name} is {layout.get(name, 'absent')} in this batch, "
+                    f"{self._first.get(name, 'absent')} in the first one"
+                )
+        return put_batch(batch, self._mesh)

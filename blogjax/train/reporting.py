@@ -66,7 +66,7 @@ def keep_until(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
             keep = record["step"] <= step if record["kind"] == "train" else record["step"] < step
@@ -114,15 +114,25 @@ class Writer:
         keep_until(self.folder / "metrics.jsonl", start)
         self._metrics = (self.folder / "metrics.jsonl").open("a")
         self._timings = (self.folder / "timings.jsonl").open("a")
+        # What an earlier start wrote beyond this one's first step is void, checkpoint or not.
         # Event files are named by the second; two writers of one second would overwrite.
+        events = self.folder / "tensorboard"
+        again = events.exists() and any(events.iterdir())
         self._tensorboard = SummaryWriter(
-            str(self.folder / "tensorboard"),
-            purge_step=start + 1 if start else None,
+            str(events),
+            purge_step=start + 1 if again else None,
             filename_suffix=f".{time.time_ns()}",
         )
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one record; arrays of more than one entry are left out."""
+        """Appends one record; arrays of more than one entry are left out.
+
+        Raises:
+          ValueError: if a value is called like one of the record's own fields.
+        """
+        taken = {"kind", "step"} & set(values)
+        if taken:
+            raise ValueError(f"no metric may be called {' or '.join(sorted(taken))}")
         if self.folder is None:
             return
         scalars = {k: np.asarray(v).item() for k, v in values.items() if np.size(v) == 1}
@@ -239,7 +249,7 @@ class Progress:
             return None
         return (step - self._first[0]) / max(time.monotonic() - self._first[1], 1e-9)
 
-    def update(self, step: int, loss: float | None) -> None:
+    def update(self, step: int, loss: float) -> None:
         """Tells that `step` steps are done."""
         now = time.monotonic()
         if self._first is None:
@@ -249,7 +259,7 @@ class Progress:
         rate = self.steps_per_second(step)
         speed = "-" if rate is None else f"{rate:.1f} steps/s"
         eta = "-" if rate is None else duration((self._steps - step) / rate)
-        text = "-" if loss is None else f"{loss:.4g}"
+        text = f"{loss:.4g}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, loss=text, speed=speed, eta=eta)
         elif now - self._last_line >= self._interval or step == self._steps:

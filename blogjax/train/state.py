@@ -69,18 +69,23 @@ class Size:
 def sizes(abstract: Any) -> dict[str, Size]:
     """Measures each field of a state, fields without arrays left out.
 
+    A state that is no dataclass counts as one field.
+
     Args:
       abstract: a state of `ShapeDtypeStruct`s with shardings, or of arrays.
 
     Returns:
       `{field name: Size}` in the order of the fields.
     """
+    fields = {"state": abstract}
+    if dataclasses.is_dataclass(abstract):
+        fields = {f.name: getattr(abstract, f.name) for f in dataclasses.fields(abstract)}
     result = {}
-    for field in dataclasses.fields(abstract):
-        leaves = jax.tree.leaves(getattr(abstract, field.name))
+    for name, tree in fields.items():
+        leaves = jax.tree.leaves(tree)
         if not leaves:
             continue
-        result[field.name] = Size(
+        result[name] = Size(
             entries=sum(math.prod(x.shape) for x in leaves),
             bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves),
             bytes_per_device=sum(

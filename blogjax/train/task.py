@@ -52,14 +52,17 @@ class Task(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NonfiniteLeaves:
-    """Which gradients of a step were not finite; the loop stops or goes on as it was told.
+    """What of a step was not finite; the loop stops or goes on as it was told.
 
     Attributes:
       flags: bool `[n]`.
-      paths: the `n` leaves' names; static.
+      recoverable: bool `[]`, whether the state is still good; if not, the loop stops in any case
+        and does not save it.
+      paths: the names of the `n` leaves; static.
     """
 
     flags: jax.Array
+    recoverable: jax.Array
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 

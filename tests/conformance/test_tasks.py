@@ -9,7 +9,8 @@ import pytest
 from task_cases import CASES
 
 from blogjax.train import mesh as meshes
-from blogjax.train.loop import compile_task, fit
+from blogjax.train.compiled import compile_task
+from blogjax.train.loop import fit
 from blogjax.train.state import abstract_state, init_state
 
 pytestmark = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
@@ -32,10 +33,15 @@ def main(workdir: str, steps: int, kill_before: int | None) -> None:
         batch_size = batches.batch_size
 
         def __call__(self, step: int):
+            print(step, flush=True)
             if step == kill_before:
+                deadline = time.monotonic() + 30
+                while not saved.is_dir() and time.monotonic() < deadline:
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
             return batches(step)
 
+    saved = pathlib.Path(workdir) / "checkpoints" / "2"
     state = fit(
         case.make(optax.adamw(0.01), None), Killing(), steps, workdir=workdir, save_every=2,
         evaluation=case.evaluation(), evaluate_every=2, render_every=4, best=Best("loss"),

@@ -3,7 +3,6 @@ import pathlib
 import resource
 import subprocess
 import sys
-import warnings
 
 import chex
 import jax
@@ -21,6 +20,8 @@ from blogjax.train.checkpoint import (
     Checkpoints,
     fingerprints,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def make_state(seed=0):
@@ -97,13 +98,9 @@ def test_a_state_that_does_not_fit_is_refused_with_paths_shapes_and_dtypes(saved
 
 @pytest.fixture
 def broken_reads():
-    """Orbax leaves a coroutine behind that complains when it is collected: let it, here."""
+    # Orbax leaves a coroutine behind that complains when it is collected: let it, here.
     yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
-        hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
-        gc.collect()
-        sys.unraisablehook = hook
+    gc.collect()
 
 
 def damage_by_flipping(path: pathlib.Path):
@@ -169,6 +166,26 @@ def test_the_best_one_stays(tmp_path):
     assert checkpoints.steps() == [2, 4, 5]
     assert checkpoints.best_value() == 0.9
     checkpoints.close()
+
+
+def test_a_damaged_best_one_does_not_stand_in_the_way(tmp_path, broken_reads):
+    """Not even at the start: the metric is read from the checked description."""
+    checkpoints = Checkpoints(tmp_path / "c", best=Best("loss"))
+    for step, value in [(1, 0.5), (2, 0.1)]:
+        checkpoints.save(step, make_state(step), {"loss": value})
+    checkpoints.close()
+    for path in (tmp_path / "c" / "2").rglob("*"):
+        if path.is_file() and path.parent.name == "meta":
+            path.write_bytes(b"")
+    warnings = []
+    again = Checkpoints(tmp_path / "c", best=Best("loss"), warn=warnings.append)
+    assert again.best_value() == 0.5
+    assert again.restore(abstract(make_state()))[0] == 1
+    assert len(warnings) == 1
+    again.save(2, make_state(2), {"loss": 0.2})
+    again.wait()
+    assert again.best_value() == 0.2
+    again.close()
 
 
 def test_a_step_is_never_silently_not_saved(saved):

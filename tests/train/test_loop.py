@@ -1,10 +1,13 @@
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import threading
 
 import chex
 import jax
@@ -13,7 +16,7 @@ import optax
 import pytest
 from task_cases import CASES
 
-from blogjax.train import loop
+from blogjax.train import bookkeeping, compiled, loop
 from blogjax.train.checkpoint import Best
 from blogjax.train.interrupt import Interrupted
 from blogjax.train.loop import NonfiniteError, fit
@@ -41,13 +44,13 @@ def test_order_and_cadence(tmp_path, monkeypatch):
     events = []
 
     def noting(name, index):
-        original = getattr(loop._Run, name)
+        original = getattr(bookkeeping.Bookkeeper, name)
 
         def method(self, *args):
             events.append(f"{name} {args[index]}")
             return original(self, *args)
 
-        monkeypatch.setattr(loop._Run, name, method)
+        monkeypatch.setattr(bookkeeping.Bookkeeper, name, method)
 
     for name in ("evaluate", "save", "log", "_write", "render"):
         noting(name, 0)
@@ -67,8 +70,7 @@ def test_order_and_cadence(tmp_path, monkeypatch):
 
 def run_script(*args):
     script = pathlib.Path(__file__).with_name("killed_run.py")
-    cases = script.parents[1] / "conformance"
-    path = os.pathsep.join([str(cases), str(script.parents[2])])
+    path = os.pathsep.join([str(script.parents[1] / "conformance"), str(script.parents[2])])
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     return subprocess.run([sys.executable, script, *map(str, args)], env=env, capture_output=True)
 
@@ -76,10 +78,11 @@ def run_script(*args):
 def test_two_steps_a_kill_and_two_more_are_four_steps(tmp_path):
     assert run_script(tmp_path / "whole", 4).returncode == 0
     killed = run_script(tmp_path / "killed", 4, 3)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "final.npy").exists()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert (tmp_path / "killed" / "checkpoints" / "2").is_dir()
     again = run_script(tmp_path / "killed", 4)
     assert again.returncode == 0, again.stderr.decode()
+    assert again.stdout.decode().split() == ["2", "3"]  # the batches asked for: it did resume
     for name in ("final.npy", "metrics.jsonl"):
         whole, killed = ((tmp_path / run / name).read_bytes() for run in ("whole", "killed"))
         assert whole == killed, name
@@ -95,7 +98,7 @@ def test_metrics_are_those_of_the_step(tmp_path):
     fit(TASK, CASE.batches(), 3, workdir=tmp_path, evaluation=CASE.evaluation())
     columns = read_metrics(tmp_path / "metrics.jsonl", "train")
     assert columns["step"].tolist() == [1, 2, 3]
-    state = TASK.init(jax.random.fold_in(jax.random.key(0), loop._INIT))
+    state = TASK.init(jax.random.fold_in(jax.random.key(0), compiled.INIT))
     for i in range(3):
         key = jax.random.fold_in(jax.random.key(0), i)
         state, metrics = jax.jit(TASK.step)(state, CASE.batches()(i), key)
@@ -158,18 +161,50 @@ def spoil(batch):
 
 def test_stop_at_nonfinite_gradients_names_step_and_leaves(tmp_path):
     with pytest.raises(NonfiniteError, match=r"step 3: .*Dense_0/bias.*checkpoint 4") as info:
-        fit(TASK, Recorder(at={2: spoil}), 9, workdir=tmp_path)
+        fit(TASK, Recorder(at={2: spoil}), 9, workdir=tmp_path / "a")
     assert info.value.step == 3
     assert "Dense_1/kernel" in info.value.paths
-    # The state saved has seen the bad batch but not felt it.
-    state = fit(TASK, Recorder(), 4, workdir=tmp_path)
-    chex.assert_tree_all_finite(state.params)
-    assert int(state.opt_state.skipped) == 1
+    chex.assert_tree_all_finite(info.value.state.params)
+    # Started again it refuses again; told to skip it goes on as if told so from the start.
+    with pytest.raises(NonfiniteError, match=r"step 3: .*checkpoint 4"):
+        fit(TASK, Recorder(at={2: spoil}), 9, workdir=tmp_path / "a")
+    for run in ("a", "b"):
+        state = fit(TASK, Recorder(at={2: spoil}), 6, workdir=tmp_path / run, on_nonfinite="skip")
+        assert int(state.opt_state.skipped) == 1
+    files = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("a", "b")]
+    assert files[0] == files[1]
 
 
 def test_nonfinite_gradients_of_the_last_step_stop_too(tmp_path):
-    with pytest.raises(NonfiniteError, match="step 2"):
-        fit(TASK, Recorder(at={1: spoil}), 2, workdir=tmp_path)
+    for _ in range(2):
+        with pytest.raises(NonfiniteError, match="step 2"):
+            fit(TASK, Recorder(at={1: spoil}), 2, workdir=tmp_path)
+
+
+def test_the_stop_saves_outside_of_the_transfer_guard(tmp_path, monkeypatch):
+    guards = []
+    original = loop.Checkpoints.save
+
+    def save(self, *args):
+        guards.append(jax.config.jax_transfer_guard)  # pyright: ignore
+        return original(self, *args)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", save)
+    with pytest.raises(NonfiniteError):
+        fit(TASK, Recorder(at={2: spoil}), 9, workdir=tmp_path)
+    assert guards == [None]
+
+
+def test_parameters_that_overflow_are_lost_and_not_saved(tmp_path):
+    """The optimiser may make infinities of finite gradients: no policy can go on from there."""
+    huge = optax.inject_hyperparams(optax.sgd)(
+        learning_rate=lambda count: jax.numpy.where(count == 2, 3e38, 0.01)
+    )
+    task = CASE.make(optax.chain(huge, optax.scale(1e3)), None)
+    with pytest.raises(NonfiniteError, match=r"step 3: .*parameters after the update.* 2$"):
+        fit(task, Recorder(), 6, workdir=tmp_path, save_every=1, on_nonfinite="skip")
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [1, 2]
 
 
 def test_skip_nonfinite_goes_on_and_counts(tmp_path):
@@ -180,8 +215,73 @@ def test_skip_nonfinite_goes_on_and_counts(tmp_path):
     assert np.isnan(columns["loss"]).tolist() == [False, True, False, False]
 
 
+def test_a_signal_during_the_last_evaluation_is_heard(tmp_path):
+    evaluation = CASE.evaluation()
+
+    class Killing:
+        batch_size = evaluation.batch_size
+
+        def __len__(self):
+            return len(evaluation)
+
+        def __call__(self, index):
+            if index == 1:  # rendering asks for the first batch again
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluation(index)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted, match="step 2"):
+        fit(TASK, CASE.batches(), 2, workdir=tmp_path, evaluation=Killing())
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    state = fit(TASK, CASE.batches(), 2, workdir=tmp_path, evaluation=evaluation)
+    assert int(state.step) == 2
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_batch_unlike_the_first_is_refused_with_its_step(depth):
+    def cut(batch):
+        return {name: rows[:8] for name, rows in batch.items()}
+
+    def widen(batch):
+        return {**batch, "x": batch["x"].astype(np.float16)}
+
+    with pytest.raises(ValueError, match="means 16 rows here, but x has shape") as info:
+        fit(TASK, Recorder(at={1: cut}), 3, prefetch_depth=depth)
+    assert "step 1" in str(info.value.__notes__)
+    with pytest.raises(ValueError, match=r"x is .*float16.* in this batch, .*float32"):
+        fit(TASK, Recorder(at={1: widen}), 3, prefetch_depth=depth)
+
+
+def test_a_task_that_does_not_count_its_steps_is_refused():
+    def step(state, batch, key):
+        new, metrics = TASK.step(state, batch, key)
+        return dataclasses.replace(new, step=state.step), metrics
+
+    with pytest.raises(ValueError, match=r"after 2 calls of Task.step, state.step is 0"):
+        fit(TASK._replace(step=step), CASE.batches(), 2)
+
+
+def test_a_metric_named_like_the_records_own_fields_is_refused(tmp_path):
+    def step(state, batch, key):
+        new, metrics = TASK.step(state, batch, key)
+        return new, {**metrics, "kind": metrics["loss"]}
+
+    with pytest.raises(ValueError, match="no metric may be called kind"):
+        fit(TASK._replace(step=step), CASE.batches(), 1, workdir=tmp_path)
+
+
+def test_an_error_leaves_no_thread_behind(tmp_path):
+    fit(TASK, CASE.batches(), 3, workdir=tmp_path)
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="more than 2"):
+            fit(TASK, CASE.batches(), 2, workdir=tmp_path)
+    assert threading.active_count() <= before
+
+
 def test_implicit_transfers_are_refused(monkeypatch):
-    monkeypatch.setattr(loop.meshes, "put_batch", lambda batch, mesh: batch)
+    monkeypatch.setattr(loop.meshes, "put_batch", lambda batch, mesh: dict(batch))
     with pytest.raises(Exception, match=r"[Dd]isallow.*transfer"):
         fit(TASK, CASE.batches(), 1)
 
@@ -197,6 +297,10 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"log_every": 0}, "log_every must be at least 1"),
         ({"on_nonfinite": "ignore"}, "'stop' or 'skip', got 'ignore'"),
+        ({"seed": 2**32}, r"seed must be in \[0, 2\^32\)"),
+        ({"save_seconds": -1.0}, "save_seconds must not be negative"),
+        ({"evaluate_every": 2}, "evaluate_every is given, but no evaluation batches"),
+        ({"best": Best("loss")}, "best is given, but no evaluation batches"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -244,6 +348,17 @@ def test_tensorboard_is_purged_from_the_restored_step(tmp_path):
         assert [step for tag, step in tags if tag == "train/loss"] == steps
     starts = [e.step for e in second if e.HasField("session_log")]
     assert starts == [3]  # what the first file says from step 3 on is void
+
+
+def test_tensorboard_is_purged_if_a_run_starts_again_from_nothing(tmp_path):
+    with pytest.raises(NonfiniteError):
+        fit(TASK, Recorder(at={1: spoil}), 4, workdir=tmp_path)
+    for name in ("checkpoints", "nonfinite.json"):
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    fit(TASK, CASE.batches(), 2, workdir=tmp_path)
+    last = events_of(sorted((tmp_path / "tensorboard").iterdir())[-1])
+    assert [e.step for e in last if e.HasField("session_log")] == [1]
 
 
 def test_progress_lines(capsys):

@@ -1,0 +1,62 @@
+"""A task put on a mesh: global view, one program per function, the state donated to each step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from blogjax.train import mesh as meshes
+from blogjax.train.state import abstract_state
+from blogjax.train.task import Task
+
+# Streams beside those of the steps, which count up from 0.
+INIT, EVALUATE, RENDER = (2**32 - 1 - i for i in range(3))
+
+
+class Compiled(NamedTuple):
+    """The functions of a task jitted for a mesh, and the shapes they work on."""
+
+    abstract: Any
+    step: Any
+    evaluate: Callable[..., Any] | None
+    render: Callable[..., Any] | None
+
+
+def compile_task(task: Task, mesh: Mesh) -> Compiled:
+    """Jits the functions of a task for a mesh.
+
+    They take the root key of the run; each folds in what it needs.
+
+    Raises:
+      ValueError: if the state has no proper `step` (see `abstract_state`).
+    """
+    abstract = abstract_state(task, mesh)
+    placed = jax.tree.map(lambda x: x.sharding, abstract)
+    split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+
+    def step(state: Any, batch: Any, key: jax.Array) -> Any:
+        return task.step(state, batch, jax.random.fold_in(key, state.step))
+
+    def on_batch(function: Callable[..., Any] | None, stream: int) -> Callable[..., Any] | None:
+        if function is None:
+            return None
+
+        # The same numbers at every evaluation: what changes is the state alone.
+        def call(state: Any, batch: Any, index: jax.Array, key: jax.Array) -> Any:
+            key = jax.random.fold_in(jax.random.fold_in(key, stream), index)
+            return function(state, batch, key)
+
+        return jax.jit(call, in_shardings=(placed, split, whole, whole), out_shardings=whole)
+
+    return Compiled(
+        abstract=abstract,
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(placed, split, whole),
+            out_shardings=(placed, whole),
+        ),
+        evaluate=on_batch(task.evaluate, EVALUATE),
+        render=on_batch(task.render, RENDER),
+    )
