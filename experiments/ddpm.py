@@ -33,8 +33,9 @@ from blogjax.tasks.denoising import Apply, denoising_task
 from blogjax.train import mesh as meshes
 from blogjax.train.checkpoint import Best
 from blogjax.train.loop import fit
+from blogjax.train.state import abstract_state
 from blogjax.train.task import Task
-from experiments.launch.configs import config_errors
+from experiments.launch.configs import check_loop, config_errors
 from experiments.launch.result import Claim, Result, judge, write_json
 
 SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
@@ -60,6 +61,7 @@ class Plan:
 
 def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
     """Makes everything that can be wrong with a config, before any work is done."""
+    check_loop(config.train)
     mesh = meshes.make_mesh(fsdp=config.mesh.fsdp)
     meshes.check_batch_size(config.data.batch_size, mesh)
     model = UNet(num_classes=num_classes, **config.model)
@@ -79,7 +81,9 @@ def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
             f"sample.num must be a multiple of the {num_classes} classes and at least "
             f"{3 * num_classes}, got {config.sample.num}"
         )
-    return Plan(
+    if config.sample.batch_size < 1:
+        raise ValueError(f"sample.batch_size must be at least 1, got {config.sample.batch_size}")
+    plan = Plan(
         mesh=mesh,
         apply=make_apply(model),
         schedule=schedule,
@@ -95,6 +99,8 @@ def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
         ),
         samples=config.sample,
     )
+    abstract_state(plan.task, mesh)  # shapes are enough to find what the network refuses
+    return plan
 
 
 def make_optimizer(optim: Any, steps: int) -> optax.GradientTransformation:
@@ -306,7 +312,7 @@ def claims(measured: list[Any], judged: bool) -> list[Claim]:
             "samples show the digit asked for: share so classified by an SVM "
             f"({first['accuracy_real']:.3f} of real test digits)",
             DDPM, "share of samples whose intended class the SVM sees",
-            [m["accuracy"] for m in measured], low=0.95, high=1.0, near=0.01, judged=judged,
+            [m["accuracy"] for m in measured], low=0.95, near=0.01, judged=judged,
         ),
         judge(
             "with 5 and 10 steps eta = 0 beats eta = 1: ratio of Frechet distances",

@@ -13,6 +13,14 @@ from jax.typing import DTypeLike
 Key = jax.Array  # a typed key array, from `jax.random.key`
 
 
+def _check_typed(key: Key) -> None:
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"a typed key is needed, from jax.random.key, got an array of dtype {key.dtype}; "
+            "jax.random.wrap_key_data turns the result of PRNGKey into one"
+        )
+
+
 def fold_in_rows(key: Key, row: jax.Array) -> Key:
     """Returns one key per example, `fold_in(key, row_i)`.
 
@@ -27,11 +35,13 @@ def fold_in_rows(key: Key, row: jax.Array) -> Key:
     >>> fold_in_rows(jax.random.key(0), jax.numpy.arange(4)).shape
     (4,)
     """
+    _check_typed(key)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row)
 
 
 def split_keys(key: Key, num: int = 2) -> tuple[Key, ...]:
     """Splits a scalar key, or every key of an array, into `num` keys of the same shape."""
+    _check_typed(key)
     if key.ndim == 0:
         return tuple(jax.random.split(key, num))
     split = jax.vmap(lambda k: jax.random.split(k, num), out_axes=0)(key.reshape(-1))
@@ -39,6 +49,7 @@ def split_keys(key: Key, num: int = 2) -> tuple[Key, ...]:
 
 
 def _draw(key: Key, shape: Sequence[int], draw: Callable[[Key, tuple[int, ...]], jax.Array]):
+    _check_typed(key)
     shape = tuple(shape)
     if key.ndim == 0:
         return draw(key, shape)

@@ -48,3 +48,12 @@ def check_same_shape(
     """Raises ValueError, naming both, unless the two shapes are equal."""
     if tuple(shape) != tuple(wanted):
         raise ValueError(f"{name} has shape {tuple(shape)}, but {other} has shape {tuple(wanted)}")
+
+
+def check_floating(name: str, value: jax.Array) -> None:
+    """Raises ValueError, naming the dtype, unless `value` is floating.
+
+    Noise added to integers would be cut off; images must be scaled to [-1, 1] before.
+    """
+    if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
+        raise ValueError(f"{name} must be floating, roughly in [-1, 1], got dtype {value.dtype}")

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from blogjax.core.broadcasting import sum_except
 from blogjax.core.random import Key, normal
-from blogjax.diffusion.checks import check_choice, check_same_shape
+from blogjax.diffusion.checks import check_choice, check_floating, check_same_shape, concrete
 from blogjax.diffusion.gaussian import Denoise, Prediction, denoising_loss, to_x0_eps
 from blogjax.diffusion.prediction import at_least_float32, signal_and_noise
 from blogjax.diffusion.schedules import NoiseSchedule
@@ -59,7 +59,8 @@ def log_gaussian_bin(x: jax.Array, mean: jax.Array, std: ArrayLike, levels: int)
 
     Returns:
       Shape of `x`, float32 or better. Computed from log Phi in the tail where it is exact: a bin
-      hundreds of deviations away has a finite log probability and a gradient.
+      hundreds of deviations away has a finite log probability and a gradient. An inner bin much
+      narrower than std is its width times the density in its middle.
 
     Raises:
       ValueError: if `levels` is below 2 or the shapes of `x` and `mean` differ.
@@ -73,6 +74,7 @@ def log_gaussian_bin(x: jax.Array, mean: jax.Array, std: ArrayLike, levels: int)
     check_same_shape("mean", mean.shape, "x", x.shape)
     x, mean = at_least_float32(x), at_least_float32(mean)
     half = 1 / (levels - 1)
+    std = at_least_float32(std)
     below, above = (x - half - mean) / std, (x + half - mean) / std
     # The mirror image has the same probability, and lies in the left tail.
     mirror = below + above > 0
@@ -83,9 +85,13 @@ def log_gaussian_bin(x: jax.Array, mean: jax.Array, std: ArrayLike, levels: int)
     narrow = gap < math.log(2)
     inner = log_right + jnp.where(
         narrow,
-        jnp.log(-jnp.expm1(-jnp.where(narrow, gap, 1.0))),
+        jnp.log(-jnp.expm1(-jnp.where(narrow & (gap > 0), gap, 1.0))),
         jnp.log1p(-jnp.exp(-jnp.where(narrow, 1.0, gap))),
     )
+    # The difference of two nearly equal numbers has no digits left; the density has them all.
+    middle, width = (x - mean) / std, 2 * half / std
+    density = -0.5 * (jnp.square(middle) + math.log(2 * math.pi)) + jnp.log(width)
+    inner = jnp.where(width * (1 + jnp.abs(middle)) < 1e-2, density, inner)
     inner = jnp.where(x <= half - 1, log_ndtr(above), inner)
     return jnp.where(x >= 1 - half, log_ndtr(-below), inner)
 
@@ -149,6 +155,10 @@ def elbo_terms(
             "sigma='posterior' is 0 at t = 1, where a Gaussian decoder would have infinite "
             "density; give decoder_std"
         )
+    known = None if decoder_std is None else concrete(decoder_std)
+    if known is not None and not (known.ndim == 0 and known > 0):
+        raise ValueError(f"decoder_std must be a positive number, got {decoder_std}")
+    check_floating("x0", x0)
     if (key is None) == (eps is None):
         raise ValueError("elbo_terms needs either a key or the noise itself as eps")
 

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from blogjax.core.broadcasting import per_example, sum_except
 from blogjax.core.random import Key, normal, randint, uniform
-from blogjax.diffusion.checks import check_choice, check_same_shape
+from blogjax.diffusion.checks import check_choice, check_floating, check_same_shape
 from blogjax.diffusion.prediction import (
     Prediction,
     at_least_float32,
@@ -90,6 +90,7 @@ def uniform_timesteps(key: Key, batch_shape: Sequence[int], schedule: Schedule) 
 
 
 def _mix(x0: jax.Array, eps: jax.Array, t: ArrayLike, schedule: Schedule) -> jax.Array:
+    check_floating("x0", x0)
     check_same_shape("eps", eps.shape, "x0", x0.shape)
     a, b = signal_and_noise(x0, t, schedule)
     return (a * at_least_float32(x0) + b * at_least_float32(eps)).astype(x0.dtype)
@@ -110,7 +111,8 @@ def q_sample(
       x_t, shape and dtype of `x0`, mixed in float32; and e, float32 or better.
 
     Raises:
-      ValueError: if t is neither a scalar nor one value per example, or is outside the schedule.
+      ValueError: if t is neither a scalar nor one value per example or is outside the schedule, or
+        if `x0` is not floating.
 
     >>> from blogjax.diffusion.schedules import post_schedule
     >>> x_t, eps = q_sample(jax.random.key(0), jnp.ones((2, 3)), jnp.array([1, 9]), post_schedule())

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from blogjax.core.broadcasting import per_example
 from blogjax.core.random import Key, normal, split_keys
-from blogjax.diffusion.checks import check_choice, check_same_shape, concrete
+from blogjax.diffusion.checks import check_choice, check_floating, check_same_shape, concrete
 from blogjax.diffusion.gaussian import Denoise
 from blogjax.diffusion.prediction import (
     PREDICTIONS,
@@ -205,6 +205,7 @@ def ddim_invert(
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     if x0.ndim < 1:
         raise ValueError(f"x0 must have a batch axis, got shape {x0.shape}")
+    check_floating("x0", x0)
     times = _timetable(schedule, steps, spacing)
     noisy = times[:-1]
     coefficients = reverse_coefficients(schedule, noisy, times[1:], eta=0.0)

@@ -8,14 +8,15 @@ Differences from the paper: what is predicted and how it is weighed are argument
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import optax
 
 from blogjax.core.random import Key, fold_in_rows, split_keys
+from blogjax.diffusion.checks import check_choice
 from blogjax.diffusion.gaussian import Weighting, denoising_loss, uniform_timesteps
-from blogjax.diffusion.prediction import Prediction
+from blogjax.diffusion.prediction import PREDICTIONS, Prediction
 from blogjax.diffusion.sampling import sample
 from blogjax.diffusion.schedules import NoiseSchedule
 from blogjax.tasks.gradient import LossOutput, gradient_task
@@ -56,6 +57,9 @@ def denoising_task(
     Returns:
       A `Task`; it evaluates `loss` and renders `samples` of the batch's labels.
 
+    Raises:
+      ValueError: if a name is unknown, listing the valid ones.
+
     >>> import jax.numpy as jnp
     >>> from blogjax.diffusion.schedules import linear_beta_schedule
     >>> def apply(params, x_t, t, label, keys):
@@ -68,6 +72,8 @@ def denoising_task(
     >>> int(state.step), metrics["loss"].shape
     (1, ())
     """
+    check_choice("prediction", prediction, PREDICTIONS)
+    check_choice("weighting", weighting, get_args(Weighting))
 
     def losses(params: Any, batch: Batch, key: Key, train: bool) -> jax.Array:
         time_keys, noise_keys, dropout_keys = split_keys(fold_in_rows(key, batch["row"]), 3)

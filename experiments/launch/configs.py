@@ -134,6 +134,24 @@ def _fits(text: str, default: Any) -> bool:
     return True
 
 
+def check_loop(train: Any) -> None:
+    """Checks the fields of a `train` group that every experiment has, before any work is done.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    for name in ("steps", "evaluate_every", "render_every", "log_every"):
+        if train[name] < 1:
+            raise ValueError(f"train.{name} must be at least 1, got {train[name]}")
+    if not train.save_seconds >= 0:
+        raise ValueError(f"train.save_seconds must not be negative, got {train.save_seconds}")
+    if train.on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"train.on_nonfinite must be stop or skip, got {train.on_nonfinite!r}")
+    seeds = list(train.seeds)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= s < 2**32 for s in seeds):
+        raise ValueError(f"train.seeds must be different numbers in [0, 2^32), got {seeds}")
+
+
 def to_json(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON has it: tuples are lists."""
     return json.loads(json.dumps(config.to_dict(), sort_keys=True))

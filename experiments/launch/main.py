@@ -166,8 +166,9 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
     _use_compilation_cache()
     try:
         result = run(config, workdir)
-    except ConfigError:
-        if not resumed:  # a config that cannot be run does not claim the folder
+    except BaseException:
+        # What came to nothing does not claim the folder for its config.
+        if not resumed and not any(workdir.glob("**/checkpoints/[0-9]*")):
             stored.unlink()
         raise
     record = {

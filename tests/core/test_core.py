@@ -74,3 +74,8 @@ def test_global_norm_sums_bfloat16_leaves_in_float32():
     expected = np.sqrt(4096 * float(jnp.bfloat16(0.1)) ** 2 + 6 * 4.0)
     np.testing.assert_allclose(norms.global_norm(tree), expected, rtol=1e-6)
     assert norms.global_norm({}) == 0
+
+
+def test_old_style_keys_are_refused_with_the_remedy():
+    with pytest.raises(TypeError, match=r"typed key.*uint32.*wrap_key_data"):
+        random.normal(jax.random.PRNGKey(0), (3,))

@@ -255,3 +255,26 @@ def test_nan_propagates():
         None, X0, lambda x, t: jnp.where(x > 0, jnp.nan, x), post_schedule(3), eps=EPS
     )
     assert np.isnan(terms.total()).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("levels", "std"), [(65536, 0.5), (256, 1e3), (256, 1e6), (17, 30.0)])
+def test_bins_much_narrower_than_the_deviation_keep_their_digits(levels, std):
+    x = np.linspace(-1, 1, levels)[[levels // 3, levels // 2]]
+    half = 1 / (levels - 1)
+    z = (x - 0.2) / std
+    # The integral by the density and its second-order correction, all in float64.
+    density = -0.5 * (z**2 + np.log(2 * np.pi)) + np.log(2 * half / std)
+    expected = density + np.log1p((half / std) ** 2 * (z**2 - 1) / 6)
+    got = log_gaussian_bin(jnp.float32(x), jnp.full(2, 0.2), std, levels)
+    np.testing.assert_allclose(got, expected, rtol=2e-6)
+
+
+def test_integers_and_deviations_of_zero_are_refused():
+    schedule = post_schedule(10)
+    with pytest.raises(ValueError, match=r"x0 must be floating.*int32"):
+        elbo_terms(jax.random.key(0), jnp.ones((2, 3), jnp.int32), lambda x, t: x, schedule)
+    with pytest.raises(ValueError, match="decoder_std must be a positive number"):
+        elbo_terms(
+            jax.random.key(0), jnp.ones((2, 3)), lambda x, t: x, schedule,
+            sigma="posterior", decoder_std=0.0,
+        )  # fmt: skip
