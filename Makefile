@@ -15,8 +15,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 train: $(TRAIN)
 	@BLOGJAX_COMMAND='make train$(if $(filter-out runs/ddpm,$(RUN)), RUN=$(RUN))' \
-	  BLOGJAX_AFRESH='make train RUN=runs/b' \
-	  $(PYTHON) -m experiments.ddpm --config=configs/ddpm.py --workdir=$(RUN)
+	  BLOGJAX_AFRESH='make train RUN={}' \
+	  $(PYTHON) -m experiments.ddpm --config=configs/ddpm.py --workdir='$(RUN)'
 
 test: $(TEST)
 	$(PYTHON) -m pytest -n 2 -m 'not slow' tests
@@ -44,10 +44,10 @@ comma := ,
 
 # The versions of requirements.txt; uv where it can be had, else pip.
 define install
-	@test -x $(PYTHON) || { \
+	@test -x $(BIN)/pip || { \
 	  $(PY) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v else \
 	    "error: blogjax needs Python 3.11 or newer, this is %d.%d; try make PY=python3.11" % v[:2])' \
-	  && $(PY) -m venv .venv; }
+	  && $(PY) -m venv --clear .venv; }
 	@echo 'installing blogjax[$(1)] into .venv: $(2)'
 	@$(BIN)/pip install -q --disable-pip-version-check uv 2>/dev/null; \
 	if $(BIN)/uv pip install -q --python $(PYTHON) -c requirements.txt -e '.[$(1)]' 2>.venv/.uv.log; then :; \

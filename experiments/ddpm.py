@@ -35,7 +35,7 @@ from blogjax.train.checkpoint import Best
 from blogjax.train.loop import fit
 from blogjax.train.state import abstract_state
 from blogjax.train.task import Task
-from experiments.launch.configs import check_loop, config_errors
+from experiments.launch.configs import check_loop, check_ranges, config_errors
 from experiments.launch.result import Claim, Result, judge, write_json
 
 SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
@@ -71,6 +71,15 @@ def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
             f"got {config.diffusion.schedule!r}"
         )
     schedule = SCHEDULES[config.diffusion.schedule](config.diffusion.num_steps)
+    check_ranges(
+        config.optim, learning_rate=(0, 10), warmup_fraction=(0, 1), b1=(0, 1), b2=(0, 1),
+        clip_norm=(1e-9, float("inf")),
+    )  # fmt: skip
+    if len(config.sample.steps) < 2 or (config.judge and not {5, 10} <= set(config.sample.steps)):
+        raise ValueError(
+            "sample.steps needs two numbers, and 5 and 10 among them where claims are judged, "
+            f"got {config.sample.steps}"
+        )
     too_long = [s for s in config.sample.steps if not 0 < s <= schedule.num_steps]
     if too_long or sorted(config.sample.steps) != list(config.sample.steps):
         raise ValueError(
@@ -200,6 +209,7 @@ def measure(plan: Plan, params: Any, seed: int, data: dict[str, Any], folder: pa
     states = np.empty(0)
     for eta in (1.0, 0.0):
         for s in steps:
+            print(f"sampling: {s} steps, eta {eta:g}", flush=True)
             states = generate(params, seed, s, eta)
             images[s, eta] = states[-1]
     distance = {
@@ -256,7 +266,7 @@ def _draw_denoising(folder: pathlib.Path, plan: Plan, states: np.ndarray, num_cl
     image_panels(
         folder / "denoising.png",
         {"from noise to digit": states[shown][:, :num_classes].swapaxes(0, 1) / 2 + 0.5},
-        columns=[f"{times[i]}" for i in shown],
+        columns=["t = " + str(times[i]) if i == shown[0] else str(times[i]) for i in shown],
         rows=[str(c) for c in range(num_classes)],
     )
 
@@ -298,14 +308,16 @@ def claims(measured: list[Any], judged: bool) -> list[Claim]:
     seeds seen in the runs that fixed the recipe.
     """
     first = measured[0]
-    few = [i for i, s in enumerate(first["steps"]) if s in (5, 10)] or [0]
+    compared = (5, 10) if judged else first["steps"][:2]
+    few = [first["steps"].index(s) for s in compared]
+    counts = " and ".join(str(s) for s in compared)
     advantage = [min(m["frechet"]["1"][i] / m["frechet"]["0"][i] for i in few) for m in measured]
     growth = [min(np.diff(m["deviation"]["0"])).item() for m in measured]
     return [
         judge(
             "samples are distributed like held-out digits: Frechet distance "
             f"({first['frechet_floor']:.2f} for real training digits)",
-            DDPM, "squared Frechet distance of pixels in [-1, 1] to the test digits, 1000 samples",
+            DDPM, "squared Frechet distance of pixels in [-1, 1] to the test digits",
             [m["frechet"]["0"][-1] for m in measured], high=1.0, near=0.1, judged=judged,
         ),
         judge(
@@ -315,12 +327,12 @@ def claims(measured: list[Any], judged: bool) -> list[Claim]:
             [m["accuracy"] for m in measured], low=0.95, near=0.01, judged=judged,
         ),
         judge(
-            "with 5 and 10 steps eta = 0 beats eta = 1: ratio of Frechet distances",
-            DDIM, "smallest ratio of Frechet distances, eta = 1 to eta = 0, at 5 and 10 steps",
+            f"with {counts} steps eta = 0 beats eta = 1: ratio of Frechet distances",
+            DDIM, f"smallest ratio of Frechet distances, eta = 1 to eta = 0, at {counts} steps",
             advantage, low=1.0, near=0.05, judged=judged,
         ),
         judge(
-            "fewer steps are smoother: gain in standard deviation with every more steps",
+            "fewer steps are smoother: least gain in standard deviation when steps are added",
             DDIM, "smallest gain in mean pixel deviation between successive numbers of steps",
             growth, low=0.0, near=0.001, judged=judged,
         ),
@@ -346,8 +358,6 @@ def run(config: Any, workdir: pathlib.Path) -> Result:
         stored = folder / "measured.json"
         if not stored.exists():
             state = train(plan, config, seed, data, folder)
-            counts = ", ".join(str(s) for s in config.sample.steps)
-            print(f"sampling with {counts} steps, eta 0 and 1", flush=True)
             write_json(stored, measure(plan, state.averaged_params, seed, data, folder))
         measured.append(json.loads(stored.read_text()))
     draw_curves(workdir / "curves.png", folders, measured)

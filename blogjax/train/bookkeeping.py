@@ -20,6 +20,7 @@ from blogjax.train.reporting import Progress, Writer
 from blogjax.train.task import EvaluationBatches, NonfiniteLeaves
 
 _STOPPED = "nonfinite.json"
+_TOLD = 5  # of the steps left out, so many are told on the screen
 
 
 class NonfiniteError(ArithmeticError):
@@ -37,7 +38,7 @@ class NonfiniteError(ArithmeticError):
         self, step: int, paths: tuple[str, ...], checkpoint: int | None, state: Any = None
     ):
         shown = ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
-        kept = "" if checkpoint is None else f"; the good state is checkpoint {checkpoint}"
+        kept = "" if checkpoint is None else f"; checkpoint {checkpoint} holds a good state"
         super().__init__(f"step {step}: not finite: {shown}{kept}")
         self.step, self.paths, self.checkpoint, self.state = step, paths, checkpoint, state
 
@@ -75,6 +76,7 @@ class Bookkeeper:
 
     def __post_init__(self) -> None:
         self._pending: tuple[int, Any] | None = None
+        self._told = 0
         self._bad: tuple[int, tuple[str, ...], bool] | None = None
         self._best = None if self.checkpoints is None else self.checkpoints.best_value()
 
@@ -112,7 +114,10 @@ class Bookkeeper:
         if self.on_nonfinite == "stop" or not recoverable:
             self._bad = self._bad or (step, bad, recoverable)
         else:
-            self.progress.say(f"step {step}: left out, not finite: {', '.join(bad[:3])}")
+            self._told += 1
+            if self._told <= _TOLD:
+                more = "; further ones are only counted" if self._told == _TOLD else ""
+                self.progress.say(f"step {step}: left out, not finite: {', '.join(bad[:3])}{more}")
 
     def check(self, state: Any) -> None:
         """Ends the run if a step seen so far was not finite.

@@ -234,7 +234,8 @@ class Checkpoints:
             whole = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
             raise CheckpointError(
                 f"could not write {which} in {self.folder} "
-                f"({type(error).__name__}: {_first_line(error)}); intact: {whole or 'none'}"
+                f"({type(error).__name__}: {_first_line(error)}); intact: {whole or 'none'}; "
+                "free space or mend the folder, then start again"
             ) from error
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
@@ -260,7 +261,7 @@ class Checkpoints:
             except Exception as error:
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
-                reason = f"checkpoint {step} is damaged: {_first_line(error)}"
+                reason = f"checkpoint {step} is damaged: {_damage(error)}"
                 rejected.append((step, reason))
                 continue
             for bad, reason in rejected:
@@ -268,7 +269,10 @@ class Checkpoints:
             return step, state
         if rejected:
             reasons = "\n".join(f"  {reason}" for _, reason in rejected)
-            raise CheckpointError(f"no checkpoint in {self.folder} can be read:\n{reasons}")
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be read:\n{reasons}\n"
+                "nothing was changed; to start from nothing, use another folder"
+            )
         return None
 
     def _meta(self, step: int) -> dict[str, Any]:
@@ -286,6 +290,7 @@ class Checkpoints:
             raise CheckpointMismatchError(
                 f"checkpoint {step} in {self.folder} does not fit the state:\n"
                 + _differences(meta["layout"], wanted)
+                + "\nit belongs to another model or optimiser; use another folder for this one"
             )
         restored = self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(abstract))
@@ -314,6 +319,15 @@ class Checkpoints:
             multihost_utils.sync_global_devices("blogjax_checkpoint_moved_aside")
         self._manager.reload()
         return target
+
+
+def _damage(error: BaseException) -> str:
+    """What a reading error means, without the reader's own details."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, (KeyError, ValueError, UnicodeDecodeError)) and "CRC" not in str(error):
+        return f"its metadata cannot be read ({type(error).__name__})"
+    return _first_line(error).partition(" See full TensorStore details")[0]
 
 
 def _first_line(error: BaseException) -> str:

@@ -127,10 +127,10 @@ def fit(
             state = init_state(task, compiled.abstract, mesh, init_key)
         writer = Writer(folder, start)
         stack.push(_closing(writer.close))
-        progress = Progress(start, steps, show=verbose)
-        stack.push(_closing(progress.close))
         if verbose:
             show_start(mesh, compiled.abstract, batches.batch_size, steps, start)
+        progress = Progress(start, steps, show=verbose)
+        stack.push(_closing(progress.close))
         books = Bookkeeper(
             compiled=compiled,
             key=key,

@@ -91,6 +91,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, process_count: int | None = No
     Raises:
       ValueError: with the numbers.
     """
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     processes = jax.process_count() if process_count is None else process_count
     if batch_size % (data * fsdp):

@@ -108,21 +108,33 @@ class Writer:
         self.folder = folder if jax.process_index() == 0 else None
         if self.folder is None:
             return
-        from tensorboardX import SummaryWriter
+        # Not SummaryWriter: it hands events to a thread, and when that dies of a full disk, the
+        # next event blocks for ever.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._summary: Any = summary
+        proto: Any = event_pb2  # its names are made at run time
+        self._event = proto.Event
+        events = self.folder / "tensorboard"
+        events.mkdir(parents=True, exist_ok=True)
+        again = any(events.iterdir())
         keep_until(self.folder / "metrics.jsonl", start)
         self._metrics = (self.folder / "metrics.jsonl").open("a")
         self._timings = (self.folder / "timings.jsonl").open("a")
-        # What an earlier start wrote beyond this one's first step is void, checkpoint or not.
         # Event files are named by the second; two writers of one second would overwrite.
-        events = self.folder / "tensorboard"
-        again = events.exists() and any(events.iterdir())
-        self._tensorboard = SummaryWriter(
-            str(events),
-            purge_step=start + 1 if again else None,
-            filename_suffix=f".{time.time_ns()}",
-        )
+        self._events: Any = EventsWriter(str(events / "events"), f".{time.time_ns()}")
+        if again:  # what an earlier start wrote beyond this one's first step is void
+            log = proto.SessionLog(status=proto.SessionLog.START)
+            event = proto.Event(wall_time=time.time(), step=start + 1, session_log=log)
+            self._events.write_event(event)
+
+    def _log(self, step: int, *summaries: Any) -> None:
+        for summary in summaries:
+            event = self._event(wall_time=time.time(), step=step, summary=summary)
+            self._events.write_event(event)
+        self._events.flush()
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Appends one record; arrays of more than one entry are left out.
@@ -140,9 +152,8 @@ class Writer:
         clean = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         self._metrics.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
         self._metrics.flush()
-        for name, value in scalars.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        finite = {k: v for k, v in scalars.items() if math.isfinite(v)}
+        self._log(step, *(self._summary.scalar(f"{kind}/{k}", v) for k, v in finite.items()))
 
     def timing(self, step: int, **values: float) -> None:
         """Appends one record of clock times."""
@@ -150,8 +161,7 @@ class Writer:
             return
         self._timings.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         self._timings.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"timing/{name}", value, step)
+        self._log(step, *(self._summary.scalar(f"timing/{k}", v) for k, v in values.items()))
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Tiles, writes and logs `{name: [n, h, w, c] in [0, 1]}`."""
@@ -160,7 +170,7 @@ class Writer:
         for name, batch in images.items():
             grid = tile_images(np.asarray(batch, np.float32))
             write_png(self.folder / "images" / f"{name}_{step:07d}.png", grid)
-            self._tensorboard.add_image(name, grid, step, dataformats="HWC")
+            self._log(step, self._summary.image(name, grid, dataformats="HWC"))
 
     def close(self) -> None:
         """Closes the files."""
@@ -168,7 +178,7 @@ class Writer:
             return
         self._metrics.close()
         self._timings.close()
-        self._tensorboard.close()
+        self._events.close()
 
 
 def show_start(mesh: Any, abstract: Any, batch_size: int, steps: int, start: int) -> None:

@@ -39,14 +39,16 @@ def load(path: str) -> ConfigDict:
     name, _, variant = path.partition(":")
     if not pathlib.Path(name).is_file():
         known = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
-        raise ConfigError(f"no config file {name}{_nearest(name, known, 'found here')}")
+        hint = _nearest(name, known, "found here") or f" in {pathlib.Path.cwd()}"
+        raise ConfigError(f"no config file {name}{hint}")
     spec = importlib.util.spec_from_file_location("blogjax_config", name)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{name} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     try:
+        spec.loader.exec_module(module)
         return module.get_config(*([variant] if variant else []))
-    except ValueError as error:
+    except (ValueError, SyntaxError, AttributeError, TypeError, ImportError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
@@ -84,9 +86,10 @@ def check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
     for position, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         flag = flag.lstrip("-")
-        if not argument.startswith("-") or not flag.startswith("config."):
+        negated = flag.startswith("noconfig.")
+        if not argument.startswith("-") or not (negated or flag.startswith("config.")):
             continue
-        name = flag.removeprefix("config.")
+        name = flag.removeprefix("no").removeprefix("config.")
         if name not in fields:
             prefix = name + "."
             group = [f for f in fields if f.startswith(prefix)]
@@ -97,14 +100,16 @@ def check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
             hint = _nearest(name, list(fields), "fields")
             raise ConfigError(f"there is no config field {name}{hint}{rest}")
         default = fields[name]
+        if negated and not isinstance(default, bool):
+            raise ConfigError(f"--no is for booleans, but {name} is of type {_type(default)}")
         if not equals:
             if isinstance(default, bool):
                 continue
             value = arguments[position + 1] if position + 1 < len(arguments) else ""
         if not _fits(value, default):
             raise ConfigError(
-                f"config field {name} is of type {type(default).__name__} (its value here is "
-                f"{default!r}), but {value!r} is of type {_kind(value)}"
+                f"config field {name} is of type {_type(default)} (its value here is "
+                f"{default!r}), but {value!r} is of type {_type(_literal(value))}"
             )
 
 
@@ -115,8 +120,11 @@ def _literal(text: str) -> Any:
         return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _kind(text: str) -> str:
-    return type(_literal(text)).__name__
+def _type(value: Any) -> str:
+    """The type as people say it, with those of a tuple's items."""
+    if isinstance(value, tuple | list) and value:
+        return f"tuple of {' and '.join(sorted({type(item).__name__ for item in value}))}"
+    return type(value).__name__
 
 
 def _fits(text: str, default: Any) -> bool:
@@ -129,7 +137,7 @@ def _fits(text: str, default: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(default, tuple):
         items = value if isinstance(value, tuple | list) else (value,)
-        kinds = {type(item) for item in default} or {type(item) for item in items}
+        kinds = {type(item) for item in default} or {int}
         return all(type(item) in kinds for item in items)
     return True
 
@@ -150,6 +158,17 @@ def check_loop(train: Any) -> None:
     seeds = list(train.seeds)
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= s < 2**32 for s in seeds):
         raise ValueError(f"train.seeds must be different numbers in [0, 2^32), got {seeds}")
+
+
+def check_ranges(group: Any, **ranges: tuple[float, float]) -> None:
+    """Checks `low <= group.name < high` for each `name=(low, high)`.
+
+    Raises:
+      ValueError: naming field, range and value.
+    """
+    for name, (low, high) in ranges.items():
+        if not low <= group[name] < high:
+            raise ValueError(f"{name} must be in [{low:g}, {high:g}), got {group[name]}")
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

@@ -56,10 +56,18 @@ def main(run: Run) -> None:
         print(f"\n{where}go on with:\n  {_command()}", flush=True)
         sys.exit(INTERRUPTED)
     except NonfiniteError as error:
-        hint = "\nto leave such steps out, go on with --config.train.on_nonfinite=skip"
+        hint = (
+            "\ntry a lower learning rate in another folder; or, to leave such steps out here, "
+            "go on with --config.train.on_nonfinite=skip"
+        )
         _fail(f"{error}{hint}", ERROR)
     except (CheckpointError, CheckpointMismatchError, FolderError) as error:
         _fail(str(error), ERROR)
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ERROR)
+    except OSError as error:
+        _fail(f"{error}; when that is mended, go on with:\n  {_command()}", ERROR)
     sys.exit(DONE)
 
 
@@ -82,10 +90,15 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path, bool]:
     from absl import flags
     from ml_collections import config_flags
 
+    argv = _joined(argv)
+    paths = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
     if {"--help", "-h"} & set(argv[1:]):
         print(__doc__)
+        for path in paths[-1:]:
+            print(f"fields of {path.partition('=')[2]} and their values:")
+            fields = configs.flatten(configs.load(path.partition("=")[2]).to_dict())
+            print("\n".join(f"  --config.{name}={value!r}" for name, value in fields.items()))
         sys.exit(DONE)
-    paths = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
     if not paths:
         raise ConfigError("--config=FILE is missing, for example --config=configs/ddpm.py")
     name = paths[-1].partition("=")[2]
@@ -98,7 +111,7 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path, bool]:
     flags.DEFINE_bool("overwrite", False, "set an older run aside", flag_values=values)
     try:
         rest = values(argv)[1:]
-    except flags.Error as error:
+    except (flags.Error, ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     if rest:
         raise ConfigError(f"what is {' '.join(rest)}? Flags begin with --")
@@ -107,46 +120,90 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path, bool]:
     return config, name, pathlib.Path(values.workdir), values.overwrite
 
 
+def _joined(argv: list[str]) -> list[str]:
+    """`--config X` as `--config=X`."""
+    joined = list(argv)
+    for i in reversed(range(len(joined) - 1)):
+        if joined[i] in ("--config", "-config"):
+            joined[i : i + 2] = [f"{joined[i]}={joined[i + 1]}"]
+    return joined
+
+
 @contextlib.contextmanager
 def _folder(workdir: pathlib.Path, overwrite: bool) -> Iterator[None]:
     """Makes the folder, makes sure that it can be written to, and that nobody else is in it."""
+    if workdir.exists() and not workdir.is_dir():
+        raise FolderError(f"cannot use {workdir} as a folder: it is a file")
     try:
-        if overwrite and (workdir / "config.json").exists():
-            number = 1
-            while (aside := workdir.with_name(f"{workdir.name}.old{number}")).exists():
-                number += 1
-            workdir.rename(aside)
-            print(f"the older run is now {aside}")
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".probe"
-        probe.write_bytes(bytes(2**20))
-        probe.unlink()
-        lock = (workdir / ".lock").open("w")
+        with _lock(workdir) as lock:
+            if overwrite and (workdir / "config.json").exists():
+                number = 1
+                while (aside := workdir.with_name(f"{workdir.name}.old{number}")).exists():
+                    number += 1
+                workdir.rename(aside)
+                print(f"the older run is now {aside}")
+                workdir.mkdir()
+                lock.enter_context(_lock(workdir))
+            probe = workdir / ".probe"
+            probe.write_bytes(bytes(2**20))
+            probe.unlink()
+            # Held, with what was entered, until the run is over.
+            held = lock.pop_all()
     except OSError as error:
         raise FolderError(f"cannot write to {workdir}: {error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FolderError(f"another process is running in {workdir}") from error
+    with held:
         yield
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[contextlib.ExitStack]:
+    """Keeps other processes out of a folder; closes what is entered into the stack."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((folder / ".lock").open("w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FolderError(f"another process is running in {folder}") from error
+        yield stack
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        if isinstance(record, dict):
+            return record
+    except ValueError:
+        pass
+    raise FolderError(f"{path} is damaged; delete it, or choose another --workdir")
 
 
 def _command() -> str:
     """The command that starts this very run again."""
     if "BLOGJAX_COMMAND" in os.environ:
         return os.environ["BLOGJAX_COMMAND"]
-    main_module = sys.modules["__main__"].__spec__
-    module = ["-m", main_module.name] if main_module is not None else [sys.argv[0]]
-    arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--overwrite=true")]
-    return shlex.join(["python", *module, *arguments])
+    return shlex.join([sys.orig_argv[0], *_module(), *_arguments()])
+
+
+def _module() -> list[str]:
+    spec = sys.modules["__main__"].__spec__
+    return ["-m", spec.name] if spec is not None else [sys.argv[0]]
+
+
+def _arguments() -> list[str]:
+    """The arguments without what sets an older run aside."""
+    arguments = list(sys.argv[1:])
+    while "--overwrite" in arguments:
+        i = arguments.index("--overwrite")
+        del arguments[i : i + (2 if arguments[i + 1 : i + 2] in (["true"], ["True"]) else 1)]
+    return [a for a in arguments if not a.startswith(("--overwrite=", "-overwrite"))]
 
 
 def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> None:
     wanted = configs.to_json(config)
     stored, finished = workdir / "config.json", workdir / "result.json"
     if stored.exists():
-        different = configs.differences(json.loads(stored.read_text())["config"], wanted)
+        different = configs.differences(_read(stored).get("config", {}), wanted)
         if different:
             lines = "\n".join(f"  {line}" for line in different)
             raise ConfigError(
@@ -154,10 +211,12 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
                 "choose another --workdir, or give --overwrite to set that run aside"
             )
     if finished.exists():
-        record = json.loads(finished.read_text())
+        record = _read(finished)
         print(f"{workdir} is finished; nothing to do.\n")
         print_claims(claims_of(record))
-        again = os.environ.get("BLOGJAX_AFRESH", "choose another --workdir, or give --overwrite")
+        names = (workdir.with_name(letter) for letter in "bcdefghijklmnopqrstuvwxyz")
+        free = next((str(path) for path in names if not path.exists()), "runs/another")
+        again = os.environ.get("BLOGJAX_AFRESH", "--workdir={}, or --overwrite").format(free)
         print(f"\n{workdir}: {', '.join(record['pictures'])}\nto start afresh: {again}")
         return
     resumed = stored.exists()
@@ -172,9 +231,9 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
             stored.unlink()
         raise
     record = {
-        "experiment": pathlib.Path(name.partition(":")[0]).stem,
-        "command": f"python -m experiments.{pathlib.Path(name.partition(':')[0]).stem} "
-        f"--config={name}",
+        "experiment": _module()[-1].rpartition(".")[2],
+        "command": shlex.join(["python", *_module(), *_arguments()]),
+        "overrides": [a for a in sys.argv[1:] if a.lstrip("-").startswith("config.")],
         "claims": [dataclasses.asdict(claim) for claim in result.claims],
         "measured": dict(result.measured),
         "pictures": list(result.pictures),
@@ -196,8 +255,11 @@ def _use_compilation_cache() -> None:
 
     from blogjax.data.cache import cache_dir
 
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir("jax")))
+    try:
+        if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir("jax")))
+    except OSError as error:
+        print(f"no compilation cache: {error}; BLOGJAX_CACHE may name a folder for it")
     # The thresholds of jax would leave out nearly everything that a CPU compiles.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

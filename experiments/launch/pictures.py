@@ -107,7 +107,8 @@ def curves(
         axes[0].plot(train["step"], train["loss"], color=f"C{i}", alpha=0.25, lw=0.8)
         if len(train["step"]) >= 2 * window:
             smooth = np.convolve(train["loss"], np.ones(window) / window, "valid")
-            axes[0].plot(train["step"][window - 1 :], smooth, color=f"C{i}", label=f"train{suffix}")
+            middle = train["step"][window // 2 :][: len(smooth)]
+            axes[0].plot(middle, smooth, color=f"C{i}", label=f"train{suffix}")
         if "loss" in evaluated:
             axes[0].plot(
                 evaluated["step"], evaluated["loss"], "o--", color=f"C{i}", ms=4,

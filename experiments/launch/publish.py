@@ -25,7 +25,8 @@ def publish(folder: pathlib.Path, results: pathlib.Path) -> pathlib.Path:
     """Copies what is worth keeping of a run.
 
     Raises:
-      ValueError: if the run is unfinished, was not judged, or a picture is too large for git.
+      ValueError: if the run is unfinished, was not judged, has overrides or comes from uncommitted
+        code, or if a picture is too large for git.
     """
     source = folder / "result.json"
     if not source.exists():
@@ -33,6 +34,10 @@ def publish(folder: pathlib.Path, results: pathlib.Path) -> pathlib.Path:
     record = json.loads(source.read_text())
     if any(claim["verdict"] == "not judged" for claim in record["claims"]):
         raise ValueError(f"{folder} was not judged; publish a run of the full config")
+    if record["overrides"]:
+        raise ValueError(f"{folder} is no run of a published config: {record['overrides']}")
+    if (record["commit"] or "dirty").endswith("dirty"):
+        raise ValueError(f"{folder} was run from uncommitted code; commit and run again")
     target = results / record["experiment"]
     target.mkdir(parents=True, exist_ok=True)
     for name in record["pictures"]:

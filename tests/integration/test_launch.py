@@ -62,7 +62,11 @@ def refuse(config, workdir):
         ("--config.train.steps=many", ["train.steps", "type int", "type str"]),
         ("--config.optim.learning_rate=fast", ["type float", "'fast'", "type str"]),
         ("--config.optim.nesterov=2", ["type bool", "type int"]),
-        ("--config.model.widths=(1,'a')", ["type tuple"]),
+        ("--config.model.widths=(1,'a')", ["tuple of int", "tuple of int and str"]),
+        ("--config.model.widths=(1.5,2)", ["tuple of int", "tuple of float and int"]),
+        ("--noconfig.optim.learning_rate", ["booleans", "type float"]),
+        ("--noconfig.foo", ["no config field foo"]),
+        ("--nooverwrite=3", ["overwrite"]),
         ("--cofnig.optim.learning_rate=1", ["cofnig"]),
         ("train", ["what is train?"]),
     ],
@@ -75,6 +79,44 @@ def test_a_bad_flag_is_one_readable_complaint(launch, argument, expected):
     assert len(err.splitlines()) <= 12
     for text in expected:
         assert text in err
+
+
+def test_a_flag_and_its_value_may_be_two_words(launch):
+    code, _, _ = launch(
+        "--config.train.steps", "7", base=("--config", "config.py", "--workdir", "w")
+    )
+    assert code == 0
+
+
+@pytest.mark.parametrize("text", ["def get_config(:", "x = 1", "def get_config(): return 1 / ''"])
+def test_a_broken_config_file_is_one_line(launch, tmp_path, text):
+    (tmp_path / "broken.py").write_text(text)
+    code, _, err = launch(base=("--config=broken.py", "--workdir=w"), run=refuse)
+    assert code == 2
+    assert err.startswith("error: broken.py")
+
+
+def test_help_lists_the_fields(launch):
+    code, out, _ = launch("--help", run=refuse)
+    assert code == 0
+    assert "--config.optim.learning_rate=0.1" in out
+
+
+def test_a_full_disk_is_one_line_with_the_way_on(launch):
+    def run(config, workdir):
+        raise OSError(28, "No space left on device", "w/metrics.jsonl")
+
+    code, _, err = launch(run=run)
+    assert code == 1
+    assert "No space left" in err and "go on with" in err and "Traceback" not in err
+
+
+def test_damaged_records_are_named(launch, tmp_path):
+    launch()
+    (tmp_path / "w" / "result.json").write_text("{")
+    code, _, err = launch(run=refuse)
+    assert code == 1
+    assert "result.json is damaged; delete it" in err
 
 
 @pytest.mark.parametrize(
@@ -131,6 +173,7 @@ def test_another_configs_folder_is_refused_unless_set_aside(launch, tmp_path):
     code, out, _ = launch("--config.optim.learning_rate=0.2", "--overwrite")
     assert code == 0
     assert "w.old1" in out
+    assert not (tmp_path / "w.old1").joinpath("w").exists()
     assert json.loads((tmp_path / "w.old1" / "result.json").read_text())["claims"]
     assert (tmp_path / "w" / "result.json").exists()
 
@@ -185,9 +228,10 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(launch, tmp_pat
 
 def test_two_runs_in_one_folder_are_refused(launch, tmp_path):
     def run(config, workdir):
-        code, _, err = launch(run=refuse)
-        assert code == 1
-        assert "another process is running" in err
+        for flags in ([], ["--overwrite"]):
+            code, _, err = launch(*flags, run=refuse)
+            assert code == 1
+            assert "another process is running" in err
         return good_run(config, workdir)
 
     assert launch(run=run)[0] == 0

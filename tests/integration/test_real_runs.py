@@ -83,8 +83,7 @@ def test_a_terminated_run_says_how_to_go_on_and_does(tmp_path, environment, unin
     out, _ = process.communicate()
     assert process.returncode == 75, out
     command = out.strip().splitlines()[-1].strip()
-    assert command.startswith("python -m experiments.ddpm")
-    command = command.replace("python", sys.executable, 1)
+    assert command.startswith(f"{sys.executable} -m experiments.ddpm")
     subprocess.run(command, shell=True, cwd=ROOT, env=environment, check=True)
     same_files(folder, uninterrupted)
 

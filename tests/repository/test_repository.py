@@ -37,6 +37,7 @@ def imports(path: pathlib.Path, top_level_only: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"relative import in {path}"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
@@ -143,6 +144,17 @@ def test_the_readme_table_is_current():
     assert publish.readme(text, publish.published(ROOT / "docs" / "results")) == text, (
         "run `make readme`"
     )
+
+
+def test_the_python_of_the_readme_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 3
+    for block in blocks:  # each by itself
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    for promised in re.findall(r"print\(.*\)  # (.*)", "".join(blocks)):
+        assert promised in printed
 
 
 def test_links_of_the_readme_exist():

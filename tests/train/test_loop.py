@@ -201,7 +201,9 @@ def test_parameters_that_overflow_are_lost_and_not_saved(tmp_path):
         learning_rate=lambda count: jax.numpy.where(count == 2, 3e38, 0.01)
     )
     task = CASE.make(optax.chain(huge, optax.scale(1e3)), None)
-    with pytest.raises(NonfiniteError, match=r"step 3: .*parameters after the update.* 2$"):
+    with pytest.raises(
+        NonfiniteError, match=r"step 3: .*parameters after the update.*checkpoint 2 holds"
+    ):
         fit(task, Recorder(), 6, workdir=tmp_path, save_every=1, on_nonfinite="skip")
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [1, 2]
@@ -359,6 +361,22 @@ def test_tensorboard_is_purged_if_a_run_starts_again_from_nothing(tmp_path):
     fit(TASK, CASE.batches(), 2, workdir=tmp_path)
     last = events_of(sorted((tmp_path / "tensorboard").iterdir())[-1])
     assert [e.step for e in last if e.HasField("session_log")] == [1]
+
+
+def test_a_full_disk_ends_the_run_with_its_error(tmp_path, monkeypatch):
+    """Also where TensorBoard notices it: nothing may wait for a thread that died."""
+    from tensorboardX.event_file_writer import EventsWriter
+
+    written = []
+
+    def write_event(self, event):
+        written.append(event)
+        if len(written) > 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EventsWriter, "write_event", write_event)
+    with pytest.raises(OSError, match="No space left"):
+        fit(TASK, CASE.batches(), 50, workdir=tmp_path)
 
 
 def test_progress_lines(capsys):
