@@ -51,6 +51,7 @@ POSTS = (
             "blogjax/diffusion/prediction.py",
             "blogjax/diffusion/elbo.py",
             "blogjax/models/unet.py",
+            "blogjax/tasks/denoising.py",
         ),
         experiment="experiments/ddpm.py",
         config="configs/ddpm.py",

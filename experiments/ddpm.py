@@ -304,8 +304,7 @@ def draw_curves(path: pathlib.Path, folders: dict[str, pathlib.Path], measured: 
 def claims(measured: list[Any], judged: bool) -> list[Claim]:
     """The posts' statements about what was measured, one entry of `measured` per seed.
 
-    The intervals were fixed before the first published run; `near` is twice the spread between
-    seeds seen in the runs that fixed the recipe.
+    The intervals and `near` were set before the first run, `near` as a guess of twice the spread.
     """
     first = measured[0]
     compared = (5, 10) if judged else first["steps"][:2]

@@ -81,7 +81,16 @@ def _check_method(method: str) -> None:
         raise ValueError(f"method must be one of {METHODS}, not {method!r}")
 
 
-class Downsample(nn.Module):
+class _Resampling(nn.Module):
+    """What both directions are told; see `Downsample` and `Upsample`."""
+
+    features: int | None = None
+    method: Method = "space_to_depth"
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+
+class Downsample(_Resampling):
     """Halves height and width.
 
     'space_to_depth': 2 x 2 pixels become the input of a dense layer. 'strided': a 3 x 3 convolution
@@ -104,11 +113,6 @@ class Downsample(nn.Module):
     (2, 2, 4, 6)
     """
 
-    features: int | None = None
-    method: Method = "space_to_depth"
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Halves the resolution of `x`; see the class."""
@@ -130,7 +134,7 @@ class Downsample(nn.Module):
         )(x)
 
 
-class Upsample(nn.Module):
+class Upsample(_Resampling):
     """Doubles height and width.
 
     'space_to_depth': a dense layer makes four pixels of one. 'strided': every pixel is repeated
@@ -151,11 +155,6 @@ class Upsample(nn.Module):
     >>> out.shape
     (2, 8, 16, 6)
     """
-
-    features: int | None = None
-    method: Method = "space_to_depth"
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

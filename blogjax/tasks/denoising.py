@@ -2,9 +2,10 @@
 
 What: `denoising_task`, a `gradient_task` whose loss is `diffusion.gaussian.denoising_loss` at
   uniformly drawn times.
-Posts: https://kexue.fm/archives/9152, https://kexue.fm/archives/9164
+Post: https://kexue.fm/archives/9152, https://kexue.fm/archives/9164
 Paper: Ho et al. 2020, arXiv:2006.11239, algorithm 1.
-Differences from the paper: what is predicted and how it is weighed are arguments; classes.
+Equations: l = w_t |prediction - target|^2 at x_t = A_t x_0 + B_t e, t uniform on 1..T.
+Differences from the post: what is predicted and how it is weighed are arguments; classes.
 """
 
 from collections.abc import Callable, Mapping

@@ -102,6 +102,9 @@ class Bookkeeper:
                 bad += tuple(p for p, flag in zip(value.paths, value.flags, strict=True) if flag)
                 recoverable &= bool(value.recoverable)
                 del values[name]
+        if self._bad is not None:  # the step after the one at fault may have lost the state
+            at, what, good = self._bad
+            self._bad = (at, what, good and recoverable)
         if step % self.log_every == 0:
             self.writer.metrics("train", step, values)
             rate = self.progress.steps_per_second(step)
@@ -128,10 +131,10 @@ class Bookkeeper:
         """
         if self._bad is None:
             return
-        step, paths, recoverable = self._bad
         before, self._pending = self._pending, None
         if before is not None:
             self._write(*before)
+        step, paths, recoverable = self._bad
         saved = None
         if self.checkpoints is not None:
             reached = int(jax.device_get(state.step))

@@ -209,6 +209,18 @@ def test_parameters_that_overflow_are_lost_and_not_saved(tmp_path):
     assert kept == [1, 2]
 
 
+def test_a_state_lost_right_after_the_step_at_fault_is_not_saved(tmp_path):
+    huge = optax.inject_hyperparams(optax.sgd)(
+        # The bad step is left out and not counted, so the next one is the third.
+        learning_rate=lambda count: jax.numpy.where(count == 2, 3e38, 0.01)
+    )
+    task = CASE.make(optax.chain(huge, optax.scale(1e3)), None)
+    with pytest.raises(NonfiniteError, match=r"step 3: .*checkpoint 2 holds"):
+        fit(task, Recorder(at={2: spoil}), 6, workdir=tmp_path, save_every=2)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [2]
+
+
 def test_skip_nonfinite_goes_on_and_counts(tmp_path):
     state = fit(TASK, Recorder(at={1: spoil}), 4, workdir=tmp_path, on_nonfinite="skip")
     chex.assert_tree_all_finite(state.params)
