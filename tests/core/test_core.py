@@ -70,8 +70,8 @@ def test_keys_that_do_not_lead_the_shape_are_refused(key):
 
 
 def test_global_norm_sums_bfloat16_leaves_in_float32():
-    tree = {"a": jnp.full(4096, 0.1, jnp.bfloat16), "b": jnp.full((2, 3), -2.0)}
-    expected = np.sqrt(4096 * float(jnp.bfloat16(0.1)) ** 2 + 6 * 4.0)
+    tree = {"a": jnp.full(4096, 0.1, jnp.bfloat16), "b": jnp.full((2, 3), -2.0), "c": jnp.ones(5)}
+    expected = np.sqrt(4096 * float(jnp.bfloat16(0.1)) ** 2 + 6 * 4.0 + 5)
     np.testing.assert_allclose(norms.global_norm(tree), expected, rtol=1e-6)
     assert norms.global_norm({}) == 0
 

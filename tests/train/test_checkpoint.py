@@ -187,6 +187,19 @@ def test_a_damaged_best_one_does_not_stand_in_the_way(tmp_path, broken_reads):
     again.close()
 
 
+def test_a_damaged_best_one_takes_its_metric_along(tmp_path, broken_reads):
+    checkpoints = Checkpoints(tmp_path / "c", best=Best("loss"), warn=lambda text: None)
+    for step, value in [(1, 0.5), (2, 0.1)]:
+        checkpoints.save(step, make_state(step), {"loss": value})
+    checkpoints.wait()
+    damage_by_flipping(max(array_files(tmp_path / "c" / "2"), key=lambda p: p.stat().st_size))
+    assert checkpoints.restore(abstract(make_state()))[0] == 1
+    checkpoints.save(2, make_state(2))  # another state 2, which was not evaluated
+    checkpoints.wait()
+    assert checkpoints.best_value() == 0.5
+    checkpoints.close()
+
+
 def test_a_step_is_never_silently_not_saved(saved):
     checkpoints, _ = saved
     with pytest.raises(CheckpointError, match=r"step 2.*\[1, 2\]"):

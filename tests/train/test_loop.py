@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -20,7 +19,7 @@ from blogjax.train import bookkeeping, compiled, loop
 from blogjax.train.checkpoint import Best
 from blogjax.train.interrupt import Interrupted
 from blogjax.train.loop import NonfiniteError, fit
-from blogjax.train.reporting import keep_until, read_metrics
+from blogjax.train.reporting import read_metrics
 
 CASE = CASES["noisy_regression"]
 TASK = CASE.make(optax.adam(0.01), None)
@@ -107,16 +106,6 @@ def test_metrics_are_those_of_the_step(tmp_path):
     evaluated = read_metrics(tmp_path / "metrics.jsonl", "evaluate")
     assert evaluated["step"].tolist() == [3]
     assert "moments" not in evaluated  # arrays stay out of the file
-
-
-def test_cut_back_to_the_restored_step(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    records = [("train", 1), ("train", 2), ("evaluate", 2), ("train", 3), ("evaluate", 1)]
-    lines = [json.dumps({"kind": kind, "step": step}) + "\n" for kind, step in records]
-    path.write_text("".join(lines) + '{"kind": "train", "st')
-    keep_until(path, 2)
-    kept = [tuple(json.loads(line).values()) for line in path.read_text().splitlines()]
-    assert kept == [("train", 1), ("train", 2), ("evaluate", 1)]
 
 
 def test_latest_two_and_the_best_stay(tmp_path):
@@ -285,13 +274,22 @@ def test_a_metric_named_like_the_records_own_fields_is_refused(tmp_path):
         fit(TASK._replace(step=step), CASE.batches(), 1, workdir=tmp_path)
 
 
-def test_an_error_leaves_no_thread_behind(tmp_path):
+def test_what_was_opened_is_closed_after_an_error(tmp_path, monkeypatch):
     fit(TASK, CASE.batches(), 3, workdir=tmp_path)
-    before = threading.active_count()
-    for _ in range(3):
-        with pytest.raises(ValueError, match="more than 2"):
-            fit(TASK, CASE.batches(), 2, workdir=tmp_path)
-    assert threading.active_count() <= before
+    closed = []
+    for owner in (loop.Checkpoints, loop.Writer):
+        original = owner.close
+        monkeypatch.setattr(
+            owner, "close", lambda self, f=original: (closed.append(type(self).__name__), f(self))
+        )
+    with pytest.raises(ValueError, match="more than 2"):
+        fit(TASK, CASE.batches(), 2, workdir=tmp_path)
+    assert closed == ["Checkpoints"]
+    with pytest.raises(NonfiniteError) as held:  # as a notebook holds it
+        fit(TASK, Recorder(at={3: spoil}), 9, workdir=tmp_path)
+    assert held.value.step == 4
+    assert closed == ["Checkpoints", "Writer", "Checkpoints"]
+    assert "blogjax-prefetch" not in [t.name for t in threading.enumerate()]
 
 
 def test_implicit_transfers_are_refused(monkeypatch):
