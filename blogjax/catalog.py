@@ -71,7 +71,6 @@ POSTS = (
 )
 
 NEXT = (
-    "the per-device view, a report page and every data source",
     "Lion, Tiger and the optimiser suite (S01)",
     "operations on gradients and the first adversarial task (S02, S03)",
     "multi-task learning (S04 to S06)",

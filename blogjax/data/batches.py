@@ -9,7 +9,7 @@ With several processes each gets its contiguous share of the same global batch.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -53,13 +53,11 @@ class Batches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        self._arrays, self._size = _checked_arrays(arrays)
-        self._rows = _share(batch_size, process_index, process_count)
+        self._arrays, size = _checked_arrays(arrays)
+        self._rows = share_of_rows(batch_size, process_index, process_count)
+        self._examples = EpochOrder(size, seed)
         self.batch_size = int(batch_size)
-        self.seed = operator.index(seed)
-        if not 0 <= self.seed < 2**32:  # from there on, [seed, epoch] would name streams twice
-            raise ValueError(f"the seed {seed} lies outside of [0, 2^32)")
-        self._recent: dict[int, np.ndarray] = {}
+        self.seed = self._examples.seed
 
     def __call__(self, step: int) -> Batch:
         """This process's share of the batch of a step: `[batch_size / process_count, ...]` each.
@@ -70,25 +68,9 @@ class Batches:
         Returns:
           The arrays' rows in their own dtypes, with `row` and `weight`.
         """
-        step = operator.index(step)
-        if step < 0:
-            raise ValueError(f"the step is {step}, and steps count from 0")
-        first = step * self.batch_size + int(self._rows[0])
-        last = first + len(self._rows) - 1
-        pieces = []
-        for epoch in range(first // self._size, last // self._size + 1):
-            start = max(first - epoch * self._size, 0)
-            pieces.append(self._permutation(epoch)[start : last + 1 - epoch * self._size])
-        return _gather(self._arrays, np.concatenate(pieces), self._rows)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        recent = self._recent
-        found = recent.get(epoch)
-        if found is None:
-            found = np.random.default_rng([self.seed, epoch]).permutation(self._size)
-            # The two latest are kept. One assignment, so that threads may share this object.
-            self._recent = dict([*recent.items()][-1:]) | {epoch: found}
-        return found
+        examples = self._examples(training_positions(step, self.batch_size, self._rows))
+        arrays = {name: array[examples] for name, array in self._arrays.items()}
+        return with_rows(arrays, self._rows)
 
 
 class EvaluationBatches:
@@ -124,7 +106,7 @@ class EvaluationBatches:
         process_count: int = 1,
     ):
         self._arrays, self._size = _checked_arrays(arrays)
-        self._rows = _share(batch_size, process_index, process_count)
+        self._rows = share_of_rows(batch_size, process_index, process_count)
         self.batch_size = int(batch_size)
 
     def __len__(self) -> int:
@@ -132,19 +114,58 @@ class EvaluationBatches:
 
     def __call__(self, index: int) -> Batch:
         """This process's share of a batch, `0 <= index < len()`; laid out as in `Batches`."""
-        index = operator.index(index)
-        if not 0 <= index < len(self):
-            raise IndexError(f"no batch {index} among the {len(self)} of {self._size} examples")
-        position = index * self.batch_size + self._rows.astype(np.int64)
-        batch = _gather(self._arrays, position % self._size, self._rows)
-        batch["weight"] = (position < self._size).astype(np.float32)
-        return batch
+        examples, weight = evaluation_rows(index, self.batch_size, self._rows, self._size)
+        arrays = {name: array[examples] for name, array in self._arrays.items()}
+        return with_rows(arrays, self._rows, weight)
+
+
+class EpochOrder:
+    """Which example stands where in the endless concatenation of one permutation per epoch.
+
+    The permutation of an epoch is `numpy.random.default_rng([seed, epoch]).permutation(size)`.
+    Calls may come from several threads and in any order; the two latest epochs are kept.
+
+    Args:
+      size: number of examples, at least 1.
+      seed: an integer in [0, 2^32).
+
+    Raises:
+      ValueError: for a size or seed out of range.
+
+    >>> order = EpochOrder(3, seed=0)
+    >>> order(range(3, 6)).tolist() == np.random.default_rng([0, 1]).permutation(3).tolist()
+    True
+    """
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = operator.index(size), operator.index(seed)
+        if self.size < 1:
+            raise ValueError(f"an epoch of {size} examples: there must be at least 1")
+        if not 0 <= self.seed < 2**32:  # from there on, [seed, epoch] would name streams twice
+            raise ValueError(f"the seed {seed} lies outside of [0, 2^32)")
+        self._recent: dict[int, np.ndarray] = {}
+
+    def __call__(self, positions: range) -> np.ndarray:
+        """The examples at consecutive positions of the stream: int64 `[len(positions)]`."""
+        first, last, size = positions[0], positions[-1], self.size
+        pieces = []
+        for epoch in range(first // size, last // size + 1):
+            start = max(first - epoch * size, 0)
+            pieces.append(self._permutation(epoch)[start : last + 1 - epoch * size])
+        return np.concatenate(pieces)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        recent = self._recent
+        found = recent.get(epoch)
+        if found is None:
+            found = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            # The two latest are kept. One assignment, so that threads may share this object.
+            self._recent = dict([*recent.items()][-1:]) | {epoch: found}
+        return found
 
 
 def _checked_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
-    taken = {"row", "weight"} & set(arrays)
-    if taken:
-        raise ValueError(f"the names {sorted(taken)} are added to every batch: rename the arrays")
+    check_names(arrays)
     held = {name: np.asarray(array) for name, array in arrays.items()}
     shapes = {name: array.shape for name, array in held.items()}
     lengths = {shape[0] if shape else None for shape in shapes.values()}
@@ -153,8 +174,12 @@ def _checked_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndar
     return held, lengths.pop()  # pyright: ignore[reportReturnType]
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
-    """Rows of the global batch that belong to this process, int32."""
+def share_of_rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """Rows of the global batch that belong to a process: int32, consecutive.
+
+    Raises:
+      ValueError: for an empty batch, one that does not divide, or a process out of range.
+    """
     if batch_size < 1:
         raise ValueError(f"the batch size is {batch_size}, and must be at least 1")
     if not 0 <= process_index < process_count:
@@ -167,6 +192,46 @@ def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarra
     return np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
 
 
-def _gather(arrays: dict[str, np.ndarray], index: np.ndarray, row: np.ndarray) -> Batch:
-    batch = {name: array[index] for name, array in arrays.items()}
-    return batch | {"row": row.copy(), "weight": np.ones(len(row), np.float32)}
+def training_positions(step: int, batch_size: int, rows: np.ndarray) -> range:
+    """Where in the endless stream of examples the rows of a step stand.
+
+    Raises:
+      ValueError: if the step is negative.
+    """
+    step = operator.index(step)
+    if step < 0:
+        raise ValueError(f"the step is {step}, and steps count from 0")
+    first = step * batch_size + int(rows[0])
+    return range(first, first + len(rows))
+
+
+def evaluation_rows(
+    index: int, batch_size: int, rows: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Examples (int64) and weights (float32) of the rows of an evaluation batch.
+
+    Raises:
+      IndexError: if there is no such batch among those of `size` examples.
+    """
+    index, count = operator.index(index), -(-size // batch_size)
+    if not 0 <= index < count:
+        raise IndexError(f"no batch {index} among the {count} of {size} examples")
+    position = index * batch_size + rows.astype(np.int64)
+    return position % size, (position < size).astype(np.float32)
+
+
+def with_rows(arrays: Batch, rows: np.ndarray, weight: np.ndarray | None = None) -> Batch:
+    """Adds `row` and `weight` (default 1 everywhere) to the arrays of a batch."""
+    weight = np.ones(len(rows), np.float32) if weight is None else weight
+    return arrays | {"row": rows.copy(), "weight": weight}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses arrays called `row` or `weight`, which every batch has besides.
+
+    Raises:
+      ValueError: with the names.
+    """
+    taken = {"row", "weight"} & set(names)
+    if taken:
+        raise ValueError(f"the names {sorted(taken)} are added to every batch: rename the arrays")

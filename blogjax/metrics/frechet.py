@@ -81,14 +81,21 @@ def frechet_distance(
             f"Gaussians of different dimensions: mean1 has shape {first.mean.shape}, "
             f"mean2 has shape {second.mean.shape}"
         )
-    between = _factor(first.covariance, "1").T @ _factor(second.covariance, "2")
-    cross = np.linalg.svd(between, compute_uv=False)
-    spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * cross.sum()
-    return float(np.sum((first.mean - second.mean) ** 2) + max(spread, 0.0))
+    factors = _factor(first.covariance, "1"), _factor(second.covariance, "2")
+    traces = np.trace(first.covariance) + np.trace(second.covariance)
+    return _distance(first.mean - second.mean, traces, *factors)
+
+
+def _distance(apart: np.ndarray, traces: float, factor1: np.ndarray, factor2: np.ndarray) -> float:
+    cross = np.linalg.svd(factor1.T @ factor2, compute_uv=False)
+    return float(np.sum(apart**2) + max(traces - 2 * cross.sum(), 0.0))
 
 
 def frechet_distance_from_samples(x: ArrayLike, y: ArrayLike) -> float:
     """Frechet distance of the Gaussians with the moments of two sets of samples.
+
+    Fewer samples than dimensions are themselves, centred, a factor of their covariance: nothing
+    of the size `[d, d]` is made then.
 
     Args:
       x: `[n, ...]` with n >= 2, any real dtype; flattened.
@@ -105,7 +112,18 @@ def frechet_distance_from_samples(x: ArrayLike, y: ArrayLike) -> float:
     25.0
     """
     rows1, rows2 = samples.as_row_pair(x, y, ("x", "y"), at_least=2)
-    return frechet_distance(*_moments(rows1), *_moments(rows2))
+    mean1, trace1, factor1 = _mean_trace_factor(rows1, "1")
+    mean2, trace2, factor2 = _mean_trace_factor(rows2, "2")
+    return _distance(mean1 - mean2, trace1 + trace2, factor1, factor2)
+
+
+def _mean_trace_factor(rows: np.ndarray, name: str) -> tuple[np.ndarray, float, np.ndarray]:
+    if len(rows) > rows.shape[1]:
+        mean, covariance = _moments(rows)
+        return mean, float(np.trace(covariance)), _factor(covariance, name)
+    mean = rows.mean(axis=0)
+    factor = (rows - mean).T / np.sqrt(len(rows) - 1)
+    return mean, float(np.sum(factor**2)), factor
 
 
 def _moments(rows: np.ndarray) -> GaussianMoments:

@@ -129,8 +129,8 @@ def gradient_task(
         one row per example; averaged over the evaluation data.
       render: `render(averaged params, model_state, batch, key) -> {name: [n, h, w, c]}`.
       axis_name: the mapped axis under `pmap` or `shard_map(..., check_vma=False)`: gradients,
-        metrics and batch statistics are then averaged over it. None under plain `jit`, where the
-        step sees the global batch.
+        metrics and batch statistics are then averaged over it (see `train.per_device`). None
+        under plain `jit`, where the step sees the global batch.
 
     Returns:
       A `Task` whose state is a `GradientState`. Metrics: `loss`, those of `LossOutput`,
@@ -254,4 +254,5 @@ def gradient_task(
         step=step,
         evaluate=None if evaluate is None else evaluate_sums,
         render=None if render is None else render_images,
+        axis_name=axis_name,
     )

@@ -18,9 +18,10 @@ from blogjax.train.checkpoint import Best, Checkpoints
 from blogjax.train.compiled import Compiled
 from blogjax.train.reporting import Progress, Writer
 from blogjax.train.task import EvaluationBatches, NonfiniteLeaves
+from blogjax.train.watch import Compilations, StepClock
 
 _STOPPED = "nonfinite.json"
-_TOLD = 5  # of the steps left out, so many are told on the screen
+_TOLD = 5  # of what recurs, so many are told on the screen
 
 
 class NonfiniteError(ArithmeticError):
@@ -70,13 +71,15 @@ class Bookkeeper:
     writer: Writer
     checkpoints: Checkpoints | None
     progress: Progress
+    compilations: Compilations
+    clock: StepClock
     on_nonfinite: str
     log_every: int
     best: Best | None
 
     def __post_init__(self) -> None:
         self._pending: tuple[int, Any] | None = None
-        self._told = 0
+        self._told = self._compiled_again = 0
         self._bad: tuple[int, tuple[str, ...], bool] | None = None
         self._best = None if self.checkpoints is None else self.checkpoints.best_value()
 
@@ -105,11 +108,10 @@ class Bookkeeper:
         if self._bad is not None:  # the step after the one at fault may have lost the state
             at, what, good = self._bad
             self._bad = (at, what, good and recoverable)
+        self._tell_compilations(step)
         if step % self.log_every == 0:
             self.writer.metrics("train", step, values)
-            rate = self.progress.steps_per_second(step)
-            if rate is not None:
-                self.writer.timing(step, steps_per_second=rate)
+            self._time(step)
         loss = np.asarray(values.get("loss", np.nan))
         self.progress.update(step, float(loss) if loss.size == 1 else math.nan)
         if not bad:
@@ -121,6 +123,26 @@ class Bookkeeper:
             if self._told <= _TOLD:
                 more = "; further ones are only counted" if self._told == _TOLD else ""
                 self.progress.say(f"step {step}: left out, not finite: {', '.join(bad[:3])}{more}")
+
+    def _time(self, step: int) -> None:
+        rate, share = self.progress.steps_per_second(step), self.clock.take_share()
+        if rate is not None and share is not None:
+            self.progress.data_wait_share = share
+            self.writer.timing(
+                step,
+                steps_per_second=rate,
+                data_wait_share=share,
+                compilations=self._compiled_again,
+            )
+
+    def _tell_compilations(self, step: int) -> None:
+        for part, program, seconds in self.compilations.take():
+            self._compiled_again += 1
+            if self._compiled_again <= _TOLD:
+                more = "; further ones are only counted" if self._compiled_again == _TOLD else ""
+                self.progress.say(
+                    f"step {step}: {part} compiled anew: {program}, {seconds:.2f} s{more}"
+                )
 
     def check(self, state: Any) -> None:
         """Ends the run if a step seen so far was not finite.
@@ -196,6 +218,7 @@ class Bookkeeper:
             raise ValueError(
                 f"after {step} calls of Task.step, state.step is {counted}: step must add 1 to it"
             )
+        self.writer.flush()
         if self.checkpoints is not None:
             self.checkpoints.save(step, state, metrics)
 

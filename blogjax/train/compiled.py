@@ -1,4 +1,4 @@
-"""A task put on a mesh: global view, one program per function, the state donated to each step."""
+"""A task put on a mesh: one program per function, the state donated to each step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from blogjax.train import mesh as meshes
+from blogjax.train.per_device import View, check_view, on_each_device
 from blogjax.train.state import abstract_state
 from blogjax.train.task import Task
 
@@ -23,20 +24,30 @@ class Compiled(NamedTuple):
     render: Callable[..., Any] | None
 
 
-def compile_task(task: Task, mesh: Mesh) -> Compiled:
+def compile_task(task: Task, mesh: Mesh, view: View = "jit") -> Compiled:
     """Jits the functions of a task for a mesh.
 
-    They take the root key of the run; each folds in what it needs.
+    They take the root key of the run; each folds in what it needs. `render` never communicates, so
+    it sees the global batch in every view.
 
     Raises:
-      ValueError: if the state has no proper `step` (see `abstract_state`).
+      ValueError: if the state has no proper `step` (see `abstract_state`), or the task, the mesh
+        and the view do not go together (see `per_device.check_view`).
     """
+    check_view(task, mesh, view)
     abstract = abstract_state(task, mesh)
     placed = jax.tree.map(lambda x: x.sharding, abstract)
     split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
 
+    def viewed(function: Any) -> Any:
+        if task.axis_name is None or function is None:
+            return function
+        return on_each_device(function, task.axis_name, mesh, view)
+
+    take_step = viewed(task.step)
+
     def step(state: Any, batch: Any, key: jax.Array) -> Any:
-        return task.step(state, batch, jax.random.fold_in(key, state.step))
+        return take_step(state, batch, jax.random.fold_in(key, state.step))
 
     def on_batch(function: Callable[..., Any] | None, stream: int) -> Callable[..., Any] | None:
         if function is None:
@@ -57,6 +68,6 @@ def compile_task(task: Task, mesh: Mesh) -> Compiled:
             in_shardings=(placed, split, whole),
             out_shardings=(placed, whole),
         ),
-        evaluate=on_batch(task.evaluate, EVALUATE),
+        evaluate=on_batch(viewed(task.evaluate), EVALUATE),
         render=on_batch(task.render, RENDER),
     )

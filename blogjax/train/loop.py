@@ -25,10 +25,13 @@ from blogjax.train.bookkeeping import Bookkeeper, NonfiniteError, check_not_stop
 from blogjax.train.checkpoint import Best, Checkpoints
 from blogjax.train.compiled import INIT, compile_task
 from blogjax.train.interrupt import Interrupted, StopRequest, agreed
+from blogjax.train.per_device import View
 from blogjax.train.prefetch import prefetch
-from blogjax.train.reporting import Progress, Writer, show_start
+from blogjax.train.profiling import Profile, describe_program
+from blogjax.train.reporting import Progress, Writer, show_program, show_start
 from blogjax.train.state import init_state
 from blogjax.train.task import Batches, EvaluationBatches, Task
+from blogjax.train.watch import Compilations, StepClock
 
 __all__ = ["Best", "Interrupted", "NonfiniteError", "fit"]
 
@@ -39,6 +42,7 @@ def fit(
     steps: int,
     *,
     mesh: Mesh | None = None,
+    view: View = "jit",
     seed: int = 0,
     workdir: str | pathlib.Path | None = None,
     evaluation: EvaluationBatches | None = None,
@@ -51,20 +55,25 @@ def fit(
     best: Best | None = None,
     on_nonfinite: Literal["stop", "skip"] = "stop",
     prefetch_depth: int = 2,
+    profile: tuple[int, int] | None = None,
     verbose: bool = False,
 ) -> Any:
     """Trains a task for `steps` steps and returns its last state.
 
     With a `workdir` the run resumes from its newest sound checkpoint, and the result, bit for bit,
     is that of a run never interrupted. It holds `checkpoints/`, `metrics.jsonl` (a record every
-    `log_every` steps, one per evaluation; the same bytes on every run), `timings.jsonl`,
-    `tensorboard/`, `images/`. SIGINT and SIGTERM write a checkpoint and raise `Interrupted`.
+    `log_every` steps, one per evaluation; the same bytes on every run), `timings.jsonl` (rate,
+    share of the time spent waiting for data, programs compiled again), `program.json` (what XLA
+    says of the step), `tensorboard/`, `images/`. SIGINT and SIGTERM write a checkpoint and raise
+    `Interrupted`.
 
     Args:
       task: what to train.
       batches: called as `batches(step)`; `batch_size` must divide over the mesh.
       steps: how many steps in all, those of earlier starts included.
       mesh: default all devices along `data`.
+      view: `"jit"`, or `"pmap"` or `"shard_map"` for a task built with `axis_name`; see
+        `train.per_device`.
       seed: of initialisation, steps and evaluation.
       workdir: None writes and resumes nothing.
       evaluation: batches for `task.evaluate` and, the first of them, for `task.render`.
@@ -80,6 +89,8 @@ def fit(
       on_nonfinite: `"stop"` raises `NonfiniteError` at the first non-finite gradient, and again
         whenever the run is started anew; `"skip"` leaves the step out, counts it and goes on.
       prefetch_depth: batches prepared ahead by a thread; 0 for none.
+      profile: `(start, stop)` writes a trace of those steps to `workdir/profile`, to be opened in
+        TensorBoard or Perfetto; default what `profiling.profiling` asks for, else none.
       verbose: shows progress on stdout.
 
     Returns:
@@ -101,8 +112,9 @@ def fit(
     if evaluation is not None:
         meshes.check_batch_size(evaluation.batch_size, mesh)
     key = jax.device_put(jax.random.key(seed), meshes.replicated(mesh))
-    compiled = compile_task(task, mesh)
+    compiled = compile_task(task, mesh, view)
     folder = None if workdir is None else pathlib.Path(workdir)
+    tracing = Profile(folder, profile, steps)
     with contextlib.ExitStack() as stack:
         checkpoints, start, state = None, 0, None
         if folder is not None:
@@ -131,6 +143,8 @@ def fit(
             show_start(mesh, compiled.abstract, batches.batch_size, steps, start)
         progress = Progress(start, steps, show=verbose)
         stack.push(_closing(progress.close))
+        compilations, clock = stack.enter_context(Compilations()), StepClock()
+        stack.push(_closing(tracing.close))
         books = Bookkeeper(
             compiled=compiled,
             key=key,
@@ -139,6 +153,8 @@ def fit(
             writer=writer,
             checkpoints=checkpoints,
             progress=progress,
+            compilations=compilations,
+            clock=clock,
             on_nonfinite=on_nonfinite,
             log_every=log_every,
             best=best,
@@ -146,16 +162,24 @@ def fit(
         stop = stack.enter_context(StopRequest())
         take_step = making_step.result()
         upcoming = itertools.chain(first, ahead)
+        for program in take_step:
+            writer.program(shown := describe_program(program))
+            if verbose:
+                show_program(shown)
         del first  # a batch is freed once its step is over
         saved_at = time.monotonic()
         for step in range(start, steps + 1):
             last = step == steps
+            if written := tracing.switch(step, state):
+                progress.say(f"step {step}: the trace is in {written}")
             # At the step resumed from, too: its evaluation was cut off with what came after.
             improved = None
             if _due(step, evaluate_every) or last:
-                improved = books.evaluate(step, state)
+                with compilations.within("evaluation"):
+                    improved = books.evaluate(step, state)
             if _due(step, render_every) or last:
-                books.render(step, state)
+                with compilations.within("rendering"):
+                    books.render(step, state)
 
             together = jax.process_count() == 1 or last or step % log_every == 0
             stopping = together and agreed(stop.requested)
@@ -166,7 +190,8 @@ def fit(
             )
             wanted = last or stopping or timely or improved is not None
             if step > start and (wanted or _due(step, save_every)):
-                books.save(step, state, improved)
+                with compilations.within("saving"):
+                    books.save(step, state, improved)
                 saved_at = time.monotonic()
             if last or stopping:
                 books.finish(state)
@@ -175,8 +200,14 @@ def fit(
             if last:
                 break
 
-            with jax.transfer_guard("disallow"):
-                batch = next(upcoming)
+            with (
+                compilations.within("training"),
+                clock.step(),
+                tracing.step(step),
+                jax.transfer_guard("disallow"),
+            ):
+                with clock.waiting():
+                    batch = next(upcoming)
                 state, metrics = take_step[0](state, batch, key)
                 books.log(step + 1, metrics)
             books.check(state)

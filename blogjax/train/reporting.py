@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+_FLUSH_SECONDS = 2.0
+
 
 def tile_images(images: np.ndarray, columns: int | None = None, pad: int = 1) -> np.ndarray:
     """Lays images out in a grid, row by row, separated by mid-grey lines.
@@ -119,6 +121,7 @@ class Writer:
         self._event = proto.Event
         events = self.folder / "tensorboard"
         events.mkdir(parents=True, exist_ok=True)
+        self._flushed = time.monotonic()
         again = any(events.iterdir())
         keep_until(self.folder / "metrics.jsonl", start)
         self._metrics = (self.folder / "metrics.jsonl").open("a")
@@ -134,7 +137,15 @@ class Writer:
         for summary in summaries:
             event = self._event(wall_time=time.time(), step=step, summary=summary)
             self._events.write_event(event)
-        self._events.flush()
+        # Each flush waits for the disk, some milliseconds.
+        if time.monotonic() - self._flushed >= _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Waits until all that was written so far is on the disk."""
+        if self.folder is not None:
+            self._events.flush()
+            self._flushed = time.monotonic()
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Appends one record; arrays of more than one entry are left out.
@@ -162,6 +173,11 @@ class Writer:
         self._timings.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         self._timings.flush()
         self._log(step, *(self._summary.scalar(f"timing/{k}", v) for k, v in values.items()))
+
+    def program(self, described: Mapping[str, float]) -> None:
+        """Writes what XLA says of the step; see `profiling.describe_program`."""
+        if self.folder is not None:
+            (self.folder / "program.json").write_text(json.dumps(described, indent=2) + "\n")
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Tiles, writes and logs `{name: [n, h, w, c] in [0, 1]}`."""
@@ -208,6 +224,22 @@ def show_start(mesh: Any, abstract: Any, batch_size: int, steps: int, start: int
     Console().print(table)
 
 
+def show_program(described: Mapping[str, float]) -> None:
+    """Prints what a step costs on each device; see `profiling.describe_program`."""
+    if jax.process_index():
+        return
+    parts = []
+    if "flops" in described:
+        parts.append(f"{described['flops'] / 1e9:.3g} GFLOP")
+    if "peak" in described:
+        parts.append(
+            f"{described['peak'] / 2**20:.4g} MiB at its peak, "
+            f"{described['temporaries'] / 2**20:.4g} MiB of it temporary"
+        )
+    if parts:
+        print(f"a step on each device: {', '.join(parts)}", flush=True)
+
+
 def duration(seconds: float) -> str:
     """Returns seconds as people read them.
 
@@ -236,6 +268,7 @@ class Progress:
         self._show = show and jax.process_index() == 0
         self._bar = None
         self._first: tuple[int, float] | None = None
+        self.data_wait_share = 0.0
         self._last_line = -math.inf
         if self._show and sys.stdout.isatty():
             from rich import progress
@@ -269,6 +302,8 @@ class Progress:
         rate = self.steps_per_second(step)
         speed = "-" if rate is None else f"{rate:.1f} steps/s"
         eta = "-" if rate is None else duration((self._steps - step) / rate)
+        if self.data_wait_share >= 0.1:
+            speed += f" ({self.data_wait_share:.0%} waiting for data)"
         text = f"{loss:.4g}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, loss=text, speed=speed, eta=eta)

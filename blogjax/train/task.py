@@ -27,7 +27,7 @@ class State(Protocol):
 
 
 class Task(NamedTuple):
-    """Four pure functions; the last two may be None.
+    """Four pure functions, the last two of which may be None, and the axis they average over.
 
     A batch is a dict of arrays with leading axis `[B]`, plus `row` (int32, index in the global
     batch) and `weight` (float32, 0 = padding). Keys are typed. Everything random about an example
@@ -40,13 +40,17 @@ class Task(NamedTuple):
         `NonfiniteLeaves`. The state may be donated.
       evaluate: `evaluate(state, batch, key) -> {name: (sum, count)}`. Sums and counts of all
         batches are added up before one division; they may be arrays.
-      render: `render(state, batch, key) -> {name: float [n, h, w, c] in [0, 1]}`.
+      render: `render(state, batch, key) -> {name: float [n, h, w, c] in [0, 1]}`. It sees the
+        global batch in every view, so it must not communicate.
+      axis_name: the mapped axis over which `step` and `evaluate` average; None where they see the
+        global batch. See `train.per_device`.
     """
 
     init: Callable[[jax.Array], Any]
     step: Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]]
     evaluate: Callable[[Any, Batch, jax.Array], Sums] | None = None
     render: Callable[[Any, Batch, jax.Array], dict[str, jax.Array]] | None = None
+    axis_name: str | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -11,6 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from blogjax.train import profiling
+
 # Fields that say how a run goes, not what it computes: they may change between two starts.
 OPERATIONAL = ("mesh.", "train.on_nonfinite", "train.save_seconds")
 
@@ -155,6 +157,9 @@ def check_loop(train: Any) -> None:
         raise ValueError(f"train.save_seconds must not be negative, got {train.save_seconds}")
     if train.on_nonfinite not in ("stop", "skip"):
         raise ValueError(f"train.on_nonfinite must be stop or skip, got {train.on_nonfinite!r}")
+    window = profiling.asked_for()
+    if window is not None and window[0] >= train.steps:
+        raise ValueError(f"--profile={window[0]}:{window[1]} begins after the {train.steps} steps")
     seeds = list(train.seeds)
     if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= s < 2**32 for s in seeds):
         raise ValueError(f"train.seeds must be different numbers in [0, 2^32), got {seeds}")

@@ -1,11 +1,13 @@
 """The launcher of every experiment: `main(run)` at the foot of its script.
 
     python -m experiments.ddpm --config=configs/ddpm.py[:variant] --workdir=runs/a
-        [--config.group.field=value ...] [--overwrite]
+        [--config.group.field=value ...] [--overwrite] [--profile=START:STOP]
 
-The folder gets the resolved config, all that the run writes, and at the end `result.json`. Started
-again, an unfinished run goes on and a finished one prints its table. Exit codes: 0 done, 1 error,
-2 bad config or flags, 75 interrupted and resumable.
+The folder gets the resolved config, all that the run writes, and at the end `result.json` and a
+page to read, `report.html`. Started again, an unfinished run goes on and a finished one prints its
+table. `--profile` writes a trace of those steps, for TensorBoard or Perfetto, to `profile/` in the
+folder of each training run. Exit codes: 0 done, 1 error, 2 bad config or flags, 75 interrupted and
+resumable.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -29,6 +31,7 @@ from ml_collections import ConfigDict
 
 from experiments.launch import configs
 from experiments.launch.configs import ConfigError
+from experiments.launch.report import write_report
 from experiments.launch.result import Result, claims_of, print_claims, write_json
 
 DONE, ERROR, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 75
@@ -37,17 +40,18 @@ Run = Callable[[ConfigDict, pathlib.Path], Result]
 
 def main(run: Run) -> None:
     """Parses the command line, runs, reports, and exits with the code that tells what happened."""
+    from blogjax.data.tfds import DatasetUnavailableError
     from blogjax.train.checkpoint import CheckpointError, CheckpointMismatchError
     from blogjax.train.interrupt import Interrupted
     from blogjax.train.loop import NonfiniteError
 
     try:
-        config, name, workdir, overwrite = _parse(sys.argv)
+        config, name, workdir, overwrite, profile = _parse(sys.argv)
     except ConfigError as error:
         _fail(str(error), BAD_CONFIG)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _folder(workdir, overwrite):
+        with _folder(workdir, overwrite), profile:
             _launch(run, config, name, workdir)
     except ConfigError as error:
         _fail(str(error), BAD_CONFIG)
@@ -61,7 +65,12 @@ def main(run: Run) -> None:
             "go on with --config.train.on_nonfinite=skip"
         )
         _fail(f"{error}{hint}", ERROR)
-    except (CheckpointError, CheckpointMismatchError, FolderError) as error:
+    except (
+        CheckpointError,
+        CheckpointMismatchError,
+        DatasetUnavailableError,
+        FolderError,
+    ) as error:
         _fail(str(error), ERROR)
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,10 +94,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path, bool]:
+def _parse(
+    argv: list[str],
+) -> tuple[ConfigDict, str, pathlib.Path, bool, contextlib.AbstractContextManager[None]]:
     """Flags, with every complaint a `ConfigError` of one screen."""
     from absl import flags
     from ml_collections import config_flags
+
+    from blogjax.train.profiling import parse_window, profiling
 
     argv = _joined(argv)
     paths = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
@@ -109,15 +122,18 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path, bool]:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "set an older run aside", flag_values=values)
+    flags.DEFINE_string("profile", None, "START:STOP, steps to trace", flag_values=values)
     try:
         rest = values(argv)[1:]
+        window = None if values.profile is None else parse_window(values.profile)
     except (flags.Error, ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     if rest:
         raise ConfigError(f"what is {' '.join(rest)}? Flags begin with --")
     if not values.workdir:
         raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/a")
-    return config, name, pathlib.Path(values.workdir), values.overwrite
+    profile = contextlib.nullcontext() if window is None else profiling(*window)
+    return config, name, pathlib.Path(values.workdir), values.overwrite, profile
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -217,7 +233,8 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
         names = (workdir.with_name(letter) for letter in "bcdefghijklmnopqrstuvwxyz")
         free = next((str(path) for path in names if not path.exists()), "runs/another")
         again = os.environ.get("BLOGJAX_AFRESH", "--workdir={}, or --overwrite").format(free)
-        print(f"\n{workdir}: {', '.join(record['pictures'])}\nto start afresh: {again}")
+        _tell_files(workdir, record["pictures"])
+        print(f"to start afresh: {again}")
         return
     resumed = stored.exists()
     write_json(stored, {"name": name, "config": wanted})
@@ -233,7 +250,9 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
     record = {
         "experiment": _module()[-1].rpartition(".")[2],
         "command": shlex.join(["python", *_module(), *_arguments()]),
-        "overrides": [a for a in sys.argv[1:] if a.lstrip("-").startswith("config.")],
+        "overrides": [
+            a for a in sys.argv[1:] if a.lstrip("-").startswith(("config.", "noconfig."))
+        ],
         "claims": [dataclasses.asdict(claim) for claim in result.claims],
         "measured": dict(result.measured),
         "pictures": list(result.pictures),
@@ -246,7 +265,18 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
     write_json(finished, record)
     print()
     print_claims(result.claims)
-    print(f"\n{workdir}: {', '.join(result.pictures)}")
+    _tell_files(workdir, result.pictures)
+
+
+def _tell_files(workdir: pathlib.Path, pictures: Sequence[str]) -> None:
+    """Names what to look at; writes the page anew, for it is made of the other files."""
+    try:
+        write_report(workdir)
+    except Exception as error:  # the run is done and its result on the disk
+        print(f"no report page: {error!r}")
+        print(f"\n{workdir}: {', '.join(pictures)}")
+    else:
+        print(f"\n{workdir}: {', '.join(['report.html', *pictures])}")
 
 
 def _use_compilation_cache() -> None:

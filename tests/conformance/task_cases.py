@@ -16,7 +16,7 @@ from blogjax.models.unet import UNet
 from blogjax.tasks.denoising import denoising_task
 from blogjax.tasks.gradient import LossOutput, gradient_task
 from blogjax.train.task import Task
-from experiments import ddpm
+from experiments.diffusion.model import make_apply, make_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def denoising(tx: optax.GradientTransformation, axis_name: str | None = None) ->
     """A tiny U-Net as experiments/ddpm.py trains it, with dropout."""
     model = UNet(channels=4, multipliers=(1,), num_blocks=1, num_classes=3, dropout=0.3)
     return denoising_task(
-        ddpm.make_init(model, (4, 4, 1)), ddpm.make_apply(model), linear_beta_schedule(20), tx,
+        make_init(model, (4, 4, 1)), make_apply(model), linear_beta_schedule(20), tx,
         ema_decay=0.9, render_steps=2, axis_name=axis_name,
     )  # fmt: skip
 

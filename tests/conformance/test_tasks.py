@@ -9,8 +9,10 @@ import pytest
 from task_cases import CASES
 
 from blogjax.train import mesh as meshes
+from blogjax.train import per_device
 from blogjax.train.compiled import compile_task
 from blogjax.train.loop import fit
+from blogjax.train.reporting import read_metrics
 from blogjax.train.state import abstract_state, init_state
 
 pytestmark = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -38,36 +40,47 @@ def test_losses_and_state_do_not_depend_on_the_devices(case, devices, fsdp, monk
     chex.assert_trees_all_close(*jax.device_get(states), rtol=2e-6, atol=1e-6)
 
 
-def test_per_device_step_equals_the_global_one(case):
-    """`axis_name` under pmap: the same losses from the same rows, 8 devices of 2 rows each."""
-    tx = optax.sgd(0.05)
-    whole, mapped = case.make(tx, None), case.make(tx, "devices")
-    state = start(whole, mesh_of(1))
-    step = jax.jit(whole.step)
-    pstep = jax.pmap(mapped.step, axis_name="devices", in_axes=(None, 0, None), out_axes=None)
-    a = b = jax.device_get(state)
-    for i in range(3):
-        key = jax.random.fold_in(jax.random.key(1), i)
-        batch = case.batches()(i)
-        shards = {name: x.reshape(8, 2, *x.shape[1:]) for name, x in batch.items()}
-        a, a_metrics = jax.device_get(step(a, batch, key))
-        b, b_metrics = jax.device_get(pstep(b, shards, key))
-        assert a_metrics["loss"] == pytest.approx(b_metrics["loss"], rel=1e-6, abs=1e-6)
-    chex.assert_trees_all_close(a, b, rtol=5e-6, atol=2e-6)
+VIEWS = ("pmap", "shard_map")
 
 
-def test_per_device_mean_is_right_when_devices_hold_unequal_numbers_of_examples(case):
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_views_train_and_evaluate_alike(case, view, tmp_path):
+    """jit = pmap = shard_map: 8 devices of 2 rows each, the whole loop."""
+    options = {"evaluation": case.evaluation(), "evaluate_every": 2, "mesh": mesh_of(8)}
+    states, columns = [], []
+    for kind in ("jit", view):
+        task = case.make(optax.sgd(0.05), per_device.axis_name(kind))
+        folder = tmp_path / kind
+        states.append(fit(task, case.batches(), 4, view=kind, workdir=folder, **options))
+        for records in ("train", "evaluate"):
+            columns.append(read_metrics(folder / "metrics.jsonl", records))
+    chex.assert_trees_all_close(*jax.device_get(states), rtol=5e-6, atol=2e-6)
+    for one, other in ((columns[0], columns[2]), (columns[1], columns[3])):
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6, atol=1e-6)
+    assert len(columns[0]["loss"]) == 4
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_run_may_go_on_in_another_view(case, view, tmp_path):
+    tx, options = optax.sgd(0.05), {"mesh": mesh_of(8), "save_every": 1, "workdir": tmp_path / "w"}
+    whole = fit(case.make(tx, None), case.batches(), 4, mesh=mesh_of(8))
+    fit(case.make(tx, per_device.AXIS), case.batches(), 2, view=view, **options)
+    resumed = fit(case.make(tx, None), case.batches(), 4, **options)
+    chex.assert_trees_all_close(*jax.device_get((whole, resumed)), rtol=5e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_mean_is_right_when_devices_hold_unequal_numbers_of_examples(case, view):
     """Averaging per-device means would be wrong here: five rows, then three, then none."""
     weight = np.array([1] * 5 + [0] * 3, np.float32)
     batch = {**case.batches(8)(0), "weight": weight}
     tx = optax.sgd(0.05)
-    whole, mapped = case.make(tx, None), case.make(tx, "devices")
+    whole, mapped = case.make(tx, None), case.make(tx, "rows")
     state = jax.device_get(start(whole, mesh_of(1)))
     a, a_metrics = jax.jit(whole.step)(state, batch, jax.random.key(1))
-    shards = {name: x.reshape(4, 2, *x.shape[1:]) for name, x in batch.items()}
-    pstep = jax.pmap(mapped.step, axis_name="devices", in_axes=(None, 0, None), out_axes=None,
-                     devices=jax.devices()[:4])  # fmt: skip
-    b, b_metrics = pstep(state, shards, jax.random.key(1))
+    step = jax.jit(per_device.on_each_device(mapped.step, "rows", mesh_of(4), view))
+    b, b_metrics = step(state, batch, jax.random.key(1))
     np.testing.assert_allclose(a_metrics["loss"], b_metrics["loss"], rtol=1e-6)
     chex.assert_trees_all_close(
         jax.device_get(a.params), jax.device_get(b.params), rtol=2e-6, atol=1e-6
@@ -77,6 +90,28 @@ def test_per_device_mean_is_right_when_devices_hold_unequal_numbers_of_examples(
         c, c_metrics = jax.jit(whole.step)(state, short, jax.random.key(1))
         np.testing.assert_allclose(a_metrics["loss"], c_metrics["loss"], rtol=1e-6)
         chex.assert_trees_all_close(a.params, c.params, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_each_view_compiles_once_and_updates_in_place(case, view):
+    compiled = compile_task(case.make(optax.adam(0.01), "rows"), mesh := mesh_of(8), view)
+    state = start(case.make(optax.adam(0.01), None), mesh)
+    key = jax.device_put(jax.random.key(0), meshes.replicated(mesh))
+    first = state
+    with jax.transfer_guard("disallow"):
+        for i in range(3):
+            state, _ = compiled.step(state, meshes.put_batch(case.batches()(i), mesh), key)
+    assert compiled.step._cache_size() == 1  # pyright: ignore
+    assert all(x.is_deleted() for x in jax.tree.leaves(first.params))
+
+
+def test_without_an_axis_name_the_per_device_views_are_refused(case):
+    with pytest.raises(ValueError, match="'pmap' needs a task built with axis_name"):
+        fit(case.make(optax.sgd(0.1), None), case.batches(), 1, view="pmap")
+    with pytest.raises(ValueError, match=r"axis_name='rows' .* got 'jit'"):
+        fit(case.make(optax.sgd(0.1), "rows"), case.batches(), 1)
+    with pytest.raises(ValueError, match=r"fsdp=2; take fsdp=1"):
+        compile_task(case.make(optax.sgd(0.1), "rows"), mesh_of(8, 2), "shard_map")
 
 
 def test_one_compilation(case):

@@ -1,10 +1,17 @@
+import dataclasses
+
 import jax
 import numpy as np
+import optax
 import pytest
 from tracked_config import Tracked
 
+from blogjax.train import mesh as meshes
+from blogjax.train import per_device, profiling
+from blogjax.train.reporting import read_metrics
 from configs.ddpm import get_config
 from experiments import ddpm
+from experiments.diffusion import model
 from experiments.launch.configs import ConfigError, flatten
 
 
@@ -25,9 +32,10 @@ def test_every_field_of_the_config_is_read(smoke):
 
 
 def test_variants_differ_in_values_only():
-    fields = {tuple(flatten(get_config(v).to_dict())) for v in ("default", "full", "smoke")}
+    variants = ("default", "full", "smoke", "cifar10")
+    fields = {tuple(flatten(get_config(v).to_dict())) for v in variants}
     assert len(fields) == 1
-    with pytest.raises(ValueError, match="there are default, full and smoke"):
+    with pytest.raises(ValueError, match="there are default, full, smoke, cifar10"):
         get_config("huge")
 
 
@@ -53,7 +61,7 @@ def test_samples_do_not_depend_on_the_devices(smoke):
     _, config, _, _ = smoke
     assert jax.device_count() == 8
     shape = (8, 8, 1)
-    plan = ddpm.build(config, shape, 10)
+    plan = model.build(config, shape, 10)
     # Noise on all parameters: at initialisation the network says 0 whatever it is asked.
     params = jax.tree.map(
         lambda x: (
@@ -62,8 +70,10 @@ def test_samples_do_not_depend_on_the_devices(smoke):
         ),
         jax.device_get(plan.task.init(jax.random.key(0)).params),
     )
-    one = ddpm.dataclasses.replace(plan, mesh=ddpm.meshes.make_mesh(devices=jax.devices()[:1]))
-    many, single = (ddpm.sampler(p, shape, 10)(params, 0, 2, 1.0) for p in (plan, one))
+    one = dataclasses.replace(plan, mesh=meshes.make_mesh(devices=jax.devices()[:1]))
+    many, single = (
+        model.sampler(p, shape)(params, 0, 2, "ddpm", 0, trajectory=True) for p in (plan, one)
+    )
     assert many.shape == (3, config.sample.num, *shape)
     assert abs(many - single).max() < 1e-4
     labels = np.arange(config.sample.num) % 10
@@ -83,6 +93,14 @@ def test_samples_do_not_depend_on_the_devices(smoke):
         ("sample.num", 41, r"multiple of the 10 classes"),
         ("data.batch_size", 0, r"batch size must be at least 1"),
         ("sample.steps", (5,), r"sample.steps needs two numbers"),
+        ("sample.samplers", ("euler",), r"some of ddim, ddpm, ddpm_large, got \('euler',\)"),
+        ("sample.samplers", ("ddim",), r"must be \('ddim', 'ddpm'\) for the digits"),
+        ("mesh.view", "vmap", r"one of jit, pmap, shard_map, got 'vmap'"),
+        ("model.conditional", False, r"a claim asks for classes"),
+        ("optim.schedule", "step", r"cosine or constant, got 'step'"),
+        ("data.serve", "disk", r"one of memory, grain, auto, got 'disk'"),
+        ("data.splits", ("train",), r"must name train, validation, test"),
+        ("data.splits", ("train", "test", "test"), r"splits of their own"),
         ("optim.b1", 1.5, r"b1 must be in \[0, 1\)"),
         ("optim.warmup_fraction", -1.0, r"warmup_fraction must be in"),
         ("train.steps", 0, r"train.steps must be at least 1"),
@@ -103,3 +121,39 @@ def test_a_config_that_cannot_be_run_says_why(tmp_path, field, value, message):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=message):
         ddpm.run(config, tmp_path)
+
+
+def test_a_profile_after_the_last_step_is_refused(tmp_path):
+    with (
+        profiling.profiling(6, 9),
+        pytest.raises(ConfigError, match="6:9 begins after the 6 steps"),
+    ):
+        ddpm.run(get_config("smoke"), tmp_path)
+
+
+def test_a_per_device_view_does_not_split_parameters(tmp_path):
+    config = get_config("smoke")
+    config.mesh.update(view="pmap", fsdp=2)
+    with pytest.raises(ConfigError, match=r"'pmap' every device holds the whole state.* fsdp=2"):
+        ddpm.run(config, tmp_path)
+
+
+def test_the_views_losses_are_equal(tmp_path, monkeypatch):
+    """The smoke config on 8 devices; SGD, since Adam would hide a wrong scale of gradients."""
+    monkeypatch.setattr(model, "make_optimizer", lambda optim, steps: optax.sgd(1e-3))
+    losses = {}
+    for view in ("jit", "pmap", "shard_map"):
+        config = get_config("smoke")
+        config.mesh.view = view
+        data = ddpm.images.open_images(config.data)
+        plan = model.build(config, data.shape, data.num_classes)
+        assert plan.mesh.size == 8
+        assert plan.task.axis_name == per_device.axis_name(view)
+        ddpm.train(plan, config, 0, data, tmp_path / view)
+        records = (
+            read_metrics(tmp_path / view / "metrics.jsonl", k) for k in ("train", "evaluate")
+        )
+        losses[view] = np.concatenate([r["loss"] for r in records])
+    assert len(losses["jit"]) == 8
+    for view in ("pmap", "shard_map"):
+        np.testing.assert_allclose(losses[view], losses["jit"], rtol=1e-6)

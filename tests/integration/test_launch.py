@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from blogjax.train import profiling
 from blogjax.train.interrupt import Interrupted
 from blogjax.train.loop import NonfiniteError
 from experiments.launch import configs
@@ -68,6 +69,9 @@ def refuse(config, workdir):
         ("--noconfig.foo", ["no config field foo"]),
         ("--nooverwrite=3", ["overwrite"]),
         ("--cofnig.optim.learning_rate=1", ["cofnig"]),
+        ("--profile=10", ["START:STOP", "'10'"]),
+        ("--profile=20:10", ["later STOP", "20:10"]),
+        ("--profile=a:b", ["START:STOP", "'a:b'"]),
         ("train", ["what is train?"]),
     ],
 )
@@ -151,6 +155,18 @@ def test_overrides_reach_the_run(launch):
     assert seen["optim.nesterov"] is True
 
 
+def test_a_profile_is_asked_for_around_the_run(launch):
+    seen = []
+
+    def run(config, workdir):
+        seen.append(profiling.asked_for())
+        return good_run(config, workdir)
+
+    assert launch("--profile=3:5", run=run)[0] == 0
+    assert launch("--overwrite", run=run)[0] == 0
+    assert seen == [(3, 5), None]
+
+
 def test_a_finished_run_is_told_and_not_run_again(launch, tmp_path):
     code, out, _ = launch()
     assert code == 0
@@ -163,6 +179,26 @@ def test_a_finished_run_is_told_and_not_run_again(launch, tmp_path):
     code, out, _ = launch(run=refuse)
     assert code == 0
     assert "finished" in out and "holds" in out and "to start afresh" in out
+
+
+def test_a_run_leaves_a_page_to_read(launch, tmp_path, monkeypatch):
+    page = tmp_path / "w" / "report.html"
+    code, out, _ = launch()
+    assert code == 0
+    assert "w: report.html, a.png" in out
+    assert "error is small" in page.read_text()
+    page.unlink()
+    launch(run=refuse)  # a finished run gets it anew
+    assert page.exists()
+
+    def full(workdir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(launcher, "write_report", full)
+    code, out, _ = launch("--overwrite")
+    assert code == 0  # the result is there, only the page is not
+    assert "no report page: OSError" in out and "a.png" in out
+    assert (tmp_path / "w" / "result.json").exists()
 
 
 def test_another_configs_folder_is_refused_unless_set_aside(launch, tmp_path):

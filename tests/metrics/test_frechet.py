@@ -58,9 +58,20 @@ def test_singular_covariances_cost_no_accuracy():
     assert frechet.frechet_distance([0.0, 0.0], np.zeros((2, 2)), [3.0, 4.0], np.eye(2)) == 27
 
 
+@given(st.integers(2, 30), st.integers(2, 30), seeds)
+def test_few_and_many_samples_give_the_distance_of_their_moments(n, m, seed):
+    """With up to 12 samples no covariance is formed; beside it stands the one that forms it."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(n, 12)), rng.normal(2, 3, size=(m, 12))
+    moments = [(z.mean(0), np.cov(z, rowvar=False)) for z in (x, y)]
+    got = frechet.frechet_distance_from_samples(x, y)
+    expected = frechet.frechet_distance(*moments[0], *moments[1])
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
 @given(st.integers(2, 6), st.integers(2, 6), seeds)
 def test_fewer_samples_than_dimensions(n, m, seed):
-    # The nuclear norm of the cross products of the samples, no covariance formed.
+    # The nuclear norm of the cross products of the samples.
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(n, 40)), rng.normal(2, 3, size=(m, 40))
     a, b = (x - x.mean(0)) / np.sqrt(n - 1), (y - y.mean(0)) / np.sqrt(m - 1)

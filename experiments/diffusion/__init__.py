@@ -1,0 +1,1 @@
+"""What the diffusion experiments share: data, network, optimiser, sampler."""

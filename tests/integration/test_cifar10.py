@@ -1,0 +1,216 @@
+"""configs/ddpm.py:cifar10, shrunk, on a dataset of CIFAR-10's name and shape made here."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+from tracked_config import Tracked
+
+from blogjax.data import tfds as data_tfds
+from blogjax.models.unet import ddpm_cifar10
+from blogjax.tasks.augmentation import random_horizontal_flip
+from configs.ddpm import get_config
+from experiments import ddpm
+from experiments.diffusion import images, model
+from experiments.launch.configs import ConfigError, flatten
+
+SIZES = {"train": 44, "test": 36}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import PIL.Image
+    import tensorflow_datasets as tfds
+
+    class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("3.0.2")
+
+        def _info(self):
+            features = {
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(32, 32, 3)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in SIZES}
+
+        def _generate_examples(self, split):
+            rng = np.random.default_rng(len(split))
+            for i in range(SIZES[split]):
+                image = PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8))
+                yield i, {"id": f"{split}_{i}", "image": image, "label": i % 10}
+
+    root = tmp_path_factory.mktemp("tfds")
+    tfds.disable_progress_bar()
+    Cifar10(data_dir=str(root), file_format="array_record").download_and_prepare()
+    return root
+
+
+def small(folder, **changes):
+    config = get_config("cifar10")
+    config.update_from_flattened_dict(
+        {
+            "data.dir": str(folder), "data.splits": ("train", "test[:16]", "test[16:]"),
+            "data.batch_size": 8, "model.channels": 4, "model.num_blocks": 1,
+            "model.multipliers": (1, 2),
+            "train.steps": 3, "train.evaluate_every": 2, "train.render_every": 3,
+            "train.log_every": 1, "sample.num": 30, "sample.batch_size": 16,
+            "sample.steps": (2,), "optim.warmup_fraction": 0.4, **changes,
+        }
+    )  # fmt: skip
+    return config
+
+
+def test_the_published_setting():
+    """Against Ho et al. 2020, section 4 and appendix B, by hand."""
+    config = get_config("cifar10")
+    data = images.Images("cifar10", (32, 32, 3), 10, {}, None, None)
+    plan = model.build(config, data.shape, data.num_classes)
+    abstract = jax.eval_shape(plan.task.init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(abstract.params)) == 35_746_307
+    chex.assert_trees_all_equal_shapes(
+        abstract.params,
+        jax.eval_shape(model.make_init(ddpm_cifar10(), data.shape), jax.random.key(0))["params"],
+    )
+    betas = 1 - np.asarray(plan.schedule.signal(np.arange(1, 1001)), np.float64) ** 2
+    assert plan.schedule.num_steps == 1000
+    assert betas[0] == pytest.approx(1e-4, rel=1e-3)  # beta_1
+    last = 1 - (1 - betas[-1]) / (1 - betas[-2])
+    assert last == pytest.approx(0.02, rel=1e-2)  # beta_T
+    rate = model.make_optimizer(config.optim, config.train.steps)
+    # One coordinate under Adam moves by the learning rate while its gradient stays the same.
+    state = rate.init(np.zeros(1))
+    moves = []
+    for _ in range(5):
+        update, state = rate.update(np.ones(1, np.float32), state)
+        moves.append(-float(update[0]))
+    expected = 2e-4 * np.arange(5) / 5000
+    np.testing.assert_allclose(moves, expected, rtol=1e-3, atol=1e-12)
+    assert (config.data.batch_size, config.train.steps, config.optim.ema_decay) == (
+        128, 800_000, 0.9999,
+    )  # fmt: skip
+    assert config.data.flip
+
+
+def test_a_constant_rate_without_warmup_is_not_zero():
+    config = get_config("cifar10")
+    config.optim.warmup_fraction = 0.0
+    tx = model.make_optimizer(config.optim, 100)
+    state = tx.init(np.zeros(1))
+    for _ in range(3):
+        update, state = tx.update(np.ones(1, np.float32), state)
+    assert -float(update[0]) == pytest.approx(2e-4, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    config = small(folder)
+    config.lock()
+    tracked = Tracked(config)
+    return workdir, config, tracked, ddpm.run(tracked, workdir)
+
+
+def test_it_trains_samples_and_says_what_was_published(run):
+    workdir, config, tracked, result = run
+    assert set(flatten(config.to_dict())) == tracked.read
+    assert [c.verdict for c in result.claims] == ["not judged"] * 2
+    assert "published FID 3.17" not in "".join(c.statement for c in result.claims)  # of 1000 steps
+    for name in result.pictures:
+        assert (workdir / name).stat().st_size > 0
+    parts = sorted((workdir / "samples" / "ddpm_large_2").glob("*.npy"))
+    pixels = np.concatenate([np.load(p) for p in parts])
+    assert pixels.shape == (30, 32, 32, 3) and pixels.dtype == np.uint8
+    assert len(parts) == 2
+    program = json.loads((workdir / "program.json").read_text())
+    assert program["flops"] > 0 and program["temporaries"] > 0
+
+
+def test_sampling_goes_on_where_it_was_stopped(run, monkeypatch):
+    workdir, config, _, result = run
+    missing = workdir / "samples" / "ddim_2" / "000016.npy"
+    before = missing.read_bytes()
+    missing.unlink()
+    (workdir / "measured.json").unlink()
+    asked = []
+    whole = model.sampler
+
+    def counting(*args):
+        generate = whole(*args)
+
+        def noted(params, seed, steps, kind, first):
+            asked.append((kind, steps, first))
+            return generate(params, seed, steps, kind, first)
+
+        return noted
+
+    monkeypatch.setattr(ddpm.image_claims, "sampler", counting)
+    again = ddpm.run(config, workdir)
+    assert asked == [("ddim", 2, 16)]
+    assert missing.read_bytes() == before
+    assert again.claims == result.claims
+
+
+def test_memory_and_grain_give_the_same_losses(run, folder, tmp_path):
+    workdir, config, _, _ = run
+    data = images.open_images(config.data)
+    assert isinstance(data.batches("train", 8, 0), data_tfds.Batches)
+    config = small(folder, **{"data.serve": "grain"})
+    data = images.open_images(config.data)
+    assert isinstance(data.batches("train", 8, 0), data_tfds.StreamedBatches)
+    plan = model.build(config, data.shape, data.num_classes)
+    ddpm.train(plan, config, 0, data, tmp_path)
+    memory, grain = ((f / "metrics.jsonl").read_text() for f in (workdir, tmp_path))
+    assert len(memory.splitlines()) == 5
+    assert memory == grain
+
+
+def test_bfloat16_computes_low_and_keeps_high(run, folder):
+    """The same first loss to bfloat16's precision, with parameters and moments in float32."""
+    config = small(folder, **{"model.dtype": "bfloat16"})
+    data = images.open_images(config.data)
+    plan = model.build(config, data.shape, data.num_classes)
+    batch = data.batches("train", 8, 0)(0)
+    state = jax.jit(plan.task.init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.01, state.params)  # at first the network says 0
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        config.model.dtype = dtype
+        task = model.build(config, data.shape, data.num_classes).task
+        old = dataclasses.replace(state, params=params)
+        new, metrics = jax.jit(task.step)(old, batch, jax.random.key(1))
+        assert {x.dtype for x in jax.tree.leaves((new.params, new.ema))} == {np.dtype(np.float32)}
+        losses.append(float(metrics["loss"]))
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_flips_reach_the_task(folder, monkeypatch):
+    seen = []
+    whole = model.denoising_task
+
+    def noted(*args, augment, **options):
+        seen.append(augment)
+        return whole(*args, augment=augment, **options)
+
+    monkeypatch.setattr(model, "denoising_task", noted)
+    for flip in (True, False):
+        model.build(small(folder, **{"data.flip": flip}), (32, 32, 3), 10)
+    assert seen == [random_horizontal_flip, None]
+
+
+def test_a_dataset_that_does_not_fit_is_refused(folder):
+    config = small(folder, **{"data.splits": ("train", "test[:16]", "validation")})
+    data = images.open_images(config.data)
+    with pytest.raises(ValueError, match="validation"):
+        data.arrays("test")
+    config = small(folder, **{"data.name": "cifar11"})
+    with pytest.raises(ConfigError, match="cifar10"):
+        ddpm.run(config, folder / "none")
