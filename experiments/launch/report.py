@@ -24,6 +24,7 @@ import numpy as np
 
 from blogjax.train.reporting import duration
 from experiments.launch import svg
+from experiments.launch.axes import axis_range, moving_average
 from experiments.launch.configs import flatten
 from experiments.launch.result import Claim, interval, measured_value
 
@@ -120,6 +121,7 @@ def _content(workdir: pathlib.Path) -> dict[str, Any]:
         **{key: result.get(key) for key in ("device", "commit", "command", "resumed")},
         **{key: _as(list, result.get(key)) for key in ("seeds", "overrides")},
         "versions": _as(dict, result.get("versions")),
+        "program": _program(workdir, notes),
     }
 
 
@@ -134,6 +136,18 @@ def _record(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
     if not isinstance(record, dict):
         notes.append(f"{path.name} is damaged")
     return _as(dict, record)
+
+
+def _program(workdir: pathlib.Path, notes: list[str]) -> str:
+    """What XLA said of the step, the same for every seed."""
+    found = [p for p in sorted(workdir.glob("**/program.json")) if "profile" not in p.parts]
+    values = {k: _number(v) for k, v in (_record(found[0], notes) if found else {}).items()}
+    parts = {"flops": (1e9, "GFLOP"), "peak": (2**20, "MiB at its peak")}
+    return ", ".join(
+        f"{values[name] / unit:.4g} {word}"
+        for name, (unit, word) in parts.items()
+        if math.isfinite(values.get(name, math.nan))
+    )
 
 
 def _as(kind: type, value: Any) -> Any:
@@ -279,7 +293,8 @@ def _panel(
 ) -> dict[str, Any]:
     from markupsafe import Markup
 
-    low, high, log = svg.axis_range(values)
+    may_log = name != "data_wait_share"  # a share is compared with 0 and 1
+    low, high, log = axis_range(values, may_log)
     words = {"train": "training", "evaluate": "validation", "timing": ""}
     averaged = ("train", "timing") if name == "data_wait_share" else ("train",)
     curves, legend, windows = [], [], set()
@@ -304,31 +319,11 @@ def _panel(
             legend.append(
                 {"label": label if len(runs) > 1 else "", "colour": colour, "parts": parts}
             )
-    drawing, notes = svg.chart(title, curves)
+    drawing, notes = svg.chart(title, curves, may_log=may_log)
     if windows:
         sizes = " or ".join(str(w) for w in sorted(windows))
         notes.insert(0, f"thin: single records, bold: {'geometric ' * log}mean of {sizes} records")
     return {"title": title, "svg": Markup(drawing), "legend": legend, "notes": notes}
-
-
-def moving_average(
-    x: np.ndarray, y: np.ndarray, window: int, points: int = svg.BUCKETS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means over `window` records around `points` of them; at the ends the window is cut off.
-
-    NaN is left out; where there is nothing else, the mean is NaN.
-
-    >>> moving_average(np.arange(5.0), np.array([0.0, 3.0, 6.0, np.nan, 0.0]), 3)[1].tolist()
-    [1.5, 3.0, 4.5, 3.0, 0.0]
-    """
-    centres = np.unique(np.linspace(0, len(y) - 1, min(points, len(y))).round().astype(int))
-    half = window // 2
-    means = []
-    for i in centres:
-        part = y[max(i - half, 0) : i + half + 1]
-        part = part[~np.isnan(part)]
-        means.append(part.mean() if len(part) else math.nan)
-    return x[centres], np.array(means)
 
 
 def _pictures(workdir: pathlib.Path, names: list[Any], notes: list[str]) -> list[dict[str, Any]]:

@@ -1,24 +1,20 @@
 import base64
 import html.parser
 import io
-import itertools
 import json
 import math
 import re
-from decimal import Decimal
 from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments.launch import report, svg
-from experiments.launch.report import moving_average, write_report
+from experiments.launch import axes, report, svg
+from experiments.launch.report import write_report
 
-SUPER = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
-PLAIN = {**str.maketrans(SUPER, "-0123456789"), 107: "e3", 77: "e6", 71: "e9", 84: "e12"}  # kMGT
 NASTY = "<script>alert('1')</script> & \"two\" {{ 3 }} <b>ü"
 VALUES = st.floats(-1e300, 1e300) | st.floats(-10, 10) | st.sampled_from([0.0, 1e-300, 1e300])
 VOID = {"meta", "img", "br", "link", "hr", "input", "source", "base", "embed"}
@@ -313,16 +309,26 @@ def test_known_points_are_drawn_where_they_belong():
     assert polylines(text) == [[(24, 172), (173, 95.1), (322, 18.2)]] and notes == []
     labels = [e.text for e in ET.fromstring(text).iter("text")]
     assert labels == [*"02468", "10", "1000", "1001", "1002", "step"]
-    y = np.append(np.random.default_rng(0).standard_normal(99), math.nan)
-    _, means = moving_average(np.arange(100.0), y, 21, points=100)
-    windows = np.lib.stride_tricks.sliding_window_view(y, 21)
-    np.testing.assert_allclose(means[10:-10], np.nanmean(windows, axis=1))
     # An interval from 0 to 1 and a margin of 0.22 are drawn from 8 to 212.
     lines = ET.fromstring(svg.number_line(0.5, 0.1, 0.0, 1.0)).iter("line")
     ends = [(e.get("x1"), e.get("x2")) for e in lines if "spread" in e.get("class")]
     assert ends == [("81.7", "138.3"), ("95.8", "124.2")]
-    scale = svg.Scale(1.0, 1e4, 0.0, 100.0, log=True)
-    np.testing.assert_allclose(scale(np.array([1, 10, 1e3, 1e6, -3])), [0, 25, 75, 100, 0])
+
+
+def test_the_program_is_told_and_a_share_keeps_its_zero(tmp_path):
+    folder = make_run(tmp_path)
+    (folder / "program.json").write_text(json.dumps({"flops": 2.5e9, "peak": 2**21, "temp": 1.0}))
+    shares = [{"step": i, "time": 1.7e9, "data_wait_share": 10.0**-i} for i in range(1, 6)]
+    write_lines(folder / "timings.jsonl", shares)
+    page = Page(write_report(folder))
+    assert "2.5 GFLOP, 2 MiB at its peak" in page.text
+    assert "share of time waiting for data" in page.text
+    assert page.text.count("logarithmic") == 1  # the norms' ratio, which falls by decades
+    panel = next(r for r in report.read_runs(folder, [])[0].values())["timing", "data_wait_share"]
+    assert axes.axis_range(panel[1])[2] and not axes.axis_range(panel[1], may_log=False)[2]
+    assert axes.axis_range(panel[1], may_log=False)[0] == 0.0
+    (folder / "program.json").write_text("{")
+    assert "program.json is damaged" in Page(write_report(folder)).text
 
 
 def test_gaps_spikes_and_lone_points_are_shown():
@@ -346,46 +352,6 @@ def test_whatever_the_data_all_is_drawn_inside(lists, sure, style):
     curves = [svg.Curve("a", np.arange(len(y)) * 7.0, np.array(y), style, i)
               for i, y in enumerate([*lists, [sure]])]  # fmt: skip
     assert_inside(ET.fromstring(svg.chart("t", curves)[0]))
-
-
-@given(st.floats(-10, 10), st.floats(-10, 10), st.integers(-12, 15), st.integers(5, 8))
-def test_ticks_are_round_and_their_labels_tell_them(a, b, exponent, count):
-    assume(abs(b - a) > 2e-4)
-    low, high = sorted((a * 10.0**exponent, b * 10.0**exponent))
-    found = svg.ticks(low, high, count)
-    assert all(low <= v <= high for v in found) and 2 <= len(found) <= count + 1
-    exact = [Decimal(repr(v)) for v in found]
-    (step,) = {(y - x).normalize() for x, y in itertools.pairwise(exact)}
-    assert step.as_tuple().digits in ((1,), (2,), (5,)) and all(v % step == 0 for v in exact)
-    for value, label in zip(exact, svg.tick_labels(found), strict=True):
-        assert Decimal(label.translate(PLAIN).replace("·10", "e")) == value
-    if low > 0:
-        powers = svg.log_ticks(low, high)
-        assert all(low <= v <= high and f"{v:.6e}".startswith("1.000000e") for v in powers)
-        assert len(powers) >= min(2, math.floor(math.log10(high) - math.log10(low)))
-
-
-@given(st.integers(0, 999), st.integers(1, 400), st.integers(1, 40))
-def test_thinning_keeps_ends_extremes_and_gaps(seed, n, buckets):
-    y = np.random.default_rng(seed).standard_normal(n)
-    y[seed % n] = math.nan
-    x, kept = svg.thin(np.arange(n), y, buckets)
-    assert len(x) <= 3 * buckets + 2 and (np.diff(x) > 0).all()
-    assert x[0] == 0 and x[-1] == n - 1 and np.isnan(kept).any()
-    np.testing.assert_array_equal(kept, y[x])
-    for extreme in (np.fmin.reduce, np.fmax.reduce):  # they pass NaN over
-        np.testing.assert_array_equal(extreme(kept), extreme(y))
-
-
-def test_axes_are_logarithmic_beyond_two_decades_and_leave_spikes_out():
-    for y, expected in [
-        (np.linspace(1, 90, 50), (0.0, 93.56, False)),
-        (np.linspace(80, 80.1, 50), (79.996, 80.104, False)),
-        (np.append(np.geomspace(1, 1e4, 50), 0.0), (10**-0.12, 10**4.12, True)),
-        (np.append(np.linspace(1, 2, 50), [1e6]), (0.96, 2.04, False)),
-        (np.array([7.0, 7.00001]), (0.0, 14.00002, False)),
-    ]:
-        assert svg.axis_range(y) == pytest.approx(expected, rel=1e-9)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.floats(-1e6, 1e6), st.floats(0, 1e6) | st.none())
