@@ -8,7 +8,7 @@ import optax
 import pytest
 from task_cases import CASES
 
-from blogjax.train import profiling
+from blogjax.train import checkpoint, profiling, reporting
 from blogjax.train.loop import fit
 from blogjax.train.watch import Compilations, StepClock
 
@@ -134,4 +134,26 @@ def test_the_program_is_described(tmp_path, capsys):
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     assert size <= described["arguments"] < size + 2000
     assert described["aliased"] == pytest.approx(size, rel=0.2)  # the state is updated in place
+    # What is updated in place counts once.
+    assert (
+        described["peak"]
+        < described["arguments"] + described["temporaries"] + described["outputs"] / 2
+    )
+    assert described["peak"] >= described["arguments"]
     assert "a step on each device:" in capsys.readouterr().out
+
+
+def test_records_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
+    """TensorBoard's too, which are synced now and then only."""
+    monkeypatch.setattr(reporting, "_FLUSH_SECONDS", 1e9)
+    found = []
+    save = checkpoint.Checkpoints.save
+
+    def noted(self, step, *args):
+        events = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
+        found.append((step, events.count(b"train/loss")))
+        return save(self, step, *args)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", noted)
+    fit(TASK, Source(), 5, workdir=tmp_path, save_every=2)
+    assert found == [(2, 2), (4, 4), (5, 5)]
