@@ -84,7 +84,8 @@ def main() -> None:
 
     kinds = {"log_every=1": {"log_every": 1}, "log_every=5": {"log_every": 5}}
     seconds: dict[str, list[float]] = {"bare": [], **{kind: [] for kind in kinds}}
-    bare(), looped()
+    bare()
+    looped()
     for _ in range(options.repeats):
         seconds["bare"].append(bare())
         for kind, how in kinds.items():

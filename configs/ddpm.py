@@ -6,8 +6,9 @@ Hardware:  two CPU cores, about a minute. `:full` runs three seeds, `:smoke` tak
 Expected:  see docs/results/ddpm/result.json and the table in README.md.
 
 Command:   python -m experiments.ddpm --config=configs/ddpm.py:cifar10 --workdir=runs/cifar10
-Hardware:  one GPU or a pod; the batch is split over all devices. `--config.model.dtype=bfloat16`
-           computes in bfloat16 and keeps parameters, moments and statistics in float32.
+Hardware:  one GPU, or one host with several; the batch is split over all devices.
+           `--config.model.dtype=bfloat16` computes in bfloat16 and keeps parameters, moments and
+           statistics in float32.
 Expected:  Ho et al. 2020 (arXiv:2006.11239) publish FID 3.17 after 800000 steps with the sampler
            `ddpm_large` at 1000 steps. Not measured here: no such run has been made yet. Memory and
            operations of a step: benchmarks/results/cifar10_program.json.
@@ -112,8 +113,15 @@ def _cifar10(config: Any) -> None:
         attention_resolutions=(16,), dropout=0.1, resample="strided",
     )  # fmt: skip
     config.diffusion.update(schedule="linear", num_steps=1000, prediction="eps")
+    # The authors' code clips the gradient of a mean over the 3072 numbers of an image at 1; here
+    # the loss is their sum, which Adam does not see.
     config.optim.update(
-        learning_rate=2e-4, schedule="constant", warmup_fraction=0.00625, b2=0.999, ema_decay=0.9999
+        clip_norm=3072.0,
+        learning_rate=2e-4,
+        schedule="constant",
+        warmup_fraction=0.00625,
+        b2=0.999,
+        ema_decay=0.9999,
     )
     config.train.update(
         steps=800_000, evaluate_every=10_000, render_every=10_000, save_seconds=600.0, log_every=100

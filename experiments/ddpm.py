@@ -219,6 +219,7 @@ def run(config: Any, workdir: pathlib.Path) -> Result:
             check(config)
             measure_one, report_all, pictures = measure, report, ["samples.png", "denoising.png"]
         else:
+            image_claims.check(config)
             measure_one, report_all = image_claims.measure, image_claims.report
             pictures = ["samples.png"]
     seeds = list(config.train.seeds)

@@ -17,7 +17,7 @@ import numpy as np
 from blogjax.train.checkpoint import Best, Checkpoints
 from blogjax.train.compiled import Compiled
 from blogjax.train.reporting import Progress, Writer
-from blogjax.train.task import EvaluationBatches, NonfiniteLeaves
+from blogjax.train.task import EvaluationBatches, NonfiniteLeaves, leaf_paths
 from blogjax.train.watch import Compilations, StepClock
 
 _STOPPED = "nonfinite.json"
@@ -113,7 +113,8 @@ class Bookkeeper:
             self.writer.metrics("train", step, values)
             self._time(step)
         loss = np.asarray(values.get("loss", np.nan))
-        self.progress.update(step, float(loss) if loss.size == 1 else math.nan)
+        loss = float(loss) if loss.size == 1 else math.nan
+        self.progress.update(step, loss, self.clock.waited_share)
         if not bad:
             return
         if self.on_nonfinite == "stop" or not recoverable:
@@ -125,13 +126,12 @@ class Bookkeeper:
                 self.progress.say(f"step {step}: left out, not finite: {', '.join(bad[:3])}{more}")
 
     def _time(self, step: int) -> None:
-        rate, share = self.progress.steps_per_second(step), self.clock.take_share()
-        if rate is not None and share is not None:
-            self.progress.data_wait_share = share
+        taken = self.clock.take()
+        if taken is not None and step > 1:  # the first step warms up
             self.writer.timing(
                 step,
-                steps_per_second=rate,
-                data_wait_share=share,
+                steps_per_second=taken[0],
+                data_wait_share=taken[1],
                 compilations=self._compiled_again,
             )
 
@@ -210,9 +210,11 @@ class Bookkeeper:
         """Everything up to `step` is on the disk before its checkpoint is.
 
         Raises:
-          ValueError: if the task did not count its steps.
+          ValueError: if the task did not count its steps, or in a per-device view did not average
+            something that it should have.
         """
         self.flush(state)
+        self._check_replicas(step, state)
         counted = int(jax.device_get(state.step))
         if counted != step:
             raise ValueError(
@@ -222,8 +224,21 @@ class Bookkeeper:
         if self.checkpoints is not None:
             self.checkpoints.save(step, state, metrics)
 
-    def finish(self, state: Any) -> None:
+    def _check_replicas(self, step: int, state: Any) -> None:
+        if self.compiled.differing is None:
+            return
+        flags = jax.device_get(self.compiled.differing(state))
+        paths = [p for p, flag in zip(leaf_paths(state), flags, strict=True) if flag]
+        if paths:
+            shown = ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if paths[6:] else "")
+            raise ValueError(
+                f"after step {step} the devices hold different values of {shown}: the task must "
+                "average over axis_name whatever these depend on"
+            )
+
+    def finish(self, step: int, state: Any) -> None:
         """Waits until all is on the disk."""
         self.flush(state)
+        self._tell_compilations(step)
         if self.checkpoints is not None:
             self.checkpoints.wait()

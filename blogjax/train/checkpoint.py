@@ -36,7 +36,7 @@ class Best(NamedTuple):
 
 
 @jax.jit
-def _fingerprint(leaves: list[jax.Array]) -> list[jax.Array]:
+def leaf_fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
     """One uint32 per leaf, from every bit of its content.
 
     A sum modulo 2^32 of the entries' bits times odd weights that depend on the place. Integer sums
@@ -75,7 +75,7 @@ def fingerprints(state: Any) -> dict[str, int]:
     >>> a == b
     False
     """
-    values = jax.device_get(_fingerprint(jax.tree.leaves(state)))
+    values = jax.device_get(leaf_fingerprints(jax.tree.leaves(state)))
     return {path: int(value) for path, value in zip(leaf_paths(state), values, strict=True)}
 
 

@@ -1,13 +1,15 @@
 """A task put on a mesh: one program per function, the state donated to each step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from blogjax.train import mesh as meshes
-from blogjax.train.per_device import View, check_view, on_each_device
+from blogjax.train.per_device import View, check_view, differing_leaves, on_each_device
 from blogjax.train.state import abstract_state
 from blogjax.train.task import Task
 
@@ -16,12 +18,16 @@ INIT, EVALUATE, RENDER = (2**32 - 1 - i for i in range(3))
 
 
 class Compiled(NamedTuple):
-    """The functions of a task jitted for a mesh, and the shapes they work on."""
+    """The functions of a task jitted for a mesh, and the shapes they work on.
+
+    In a per-device view `differing` tells which leaves of a state are not the same on all devices.
+    """
 
     abstract: Any
     step: Any
     evaluate: Callable[..., Any] | None
     render: Callable[..., Any] | None
+    differing: Callable[[Any], Any] | None = None
 
 
 def compile_task(task: Task, mesh: Mesh, view: View = "jit") -> Compiled:
@@ -60,6 +66,12 @@ def compile_task(task: Task, mesh: Mesh, view: View = "jit") -> Compiled:
 
         return jax.jit(call, in_shardings=(placed, split, whole, whole), out_shardings=whole)
 
+    differing = None
+    if task.axis_name is not None:
+        compare = differing_leaves(task.axis_name, mesh, view)
+        one_each = jax.device_put(np.zeros(mesh.size, np.int32), split)
+        differing = functools.partial(compare, devices=one_each)
+
     return Compiled(
         abstract=abstract,
         step=jax.jit(
@@ -70,4 +82,5 @@ def compile_task(task: Task, mesh: Mesh, view: View = "jit") -> Compiled:
         ),
         evaluate=on_batch(viewed(task.evaluate), EVALUATE),
         render=on_batch(task.render, RENDER),
+        differing=differing,
     )

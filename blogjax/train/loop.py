@@ -111,7 +111,7 @@ def fit(
     meshes.check_batch_size(batches.batch_size, mesh)
     if evaluation is not None:
         meshes.check_batch_size(evaluation.batch_size, mesh)
-    key = jax.device_put(jax.random.key(seed), meshes.replicated(mesh))
+    key = meshes.put_key(jax.random.key(seed), mesh)
     compiled = compile_task(task, mesh, view)
     folder = None if workdir is None else pathlib.Path(workdir)
     tracing = Profile(folder, profile, steps)
@@ -134,8 +134,7 @@ def fit(
         lowered = [compiled.step.lower(compiled.abstract, batch, key) for batch in first]
         making_step = _in_thread(lambda: [program.compile() for program in lowered])
         if state is None:
-            init_key = jax.random.fold_in(jax.random.key(seed), INIT)
-            init_key = jax.device_put(init_key, meshes.replicated(mesh))
+            init_key = meshes.put_key(jax.random.fold_in(jax.random.key(seed), INIT), mesh)
             state = init_state(task, compiled.abstract, mesh, init_key)
         writer = Writer(folder, start)
         stack.push(_closing(writer.close))
@@ -144,7 +143,9 @@ def fit(
         progress = Progress(start, steps, show=verbose)
         stack.push(_closing(progress.close))
         compilations, clock = stack.enter_context(Compilations()), StepClock()
-        stack.push(_closing(tracing.close))
+        stack.callback(tracing.close)
+        if told := tracing.missed(start):
+            progress.say(told)
         books = Bookkeeper(
             compiled=compiled,
             key=key,
@@ -170,8 +171,8 @@ def fit(
         saved_at = time.monotonic()
         for step in range(start, steps + 1):
             last = step == steps
-            if written := tracing.switch(step, state):
-                progress.say(f"step {step}: the trace is in {written}")
+            if told := tracing.switch(step, state, last):
+                progress.say(f"step {step}: {told}")
             # At the step resumed from, too: its evaluation was cut off with what came after.
             improved = None
             if _due(step, evaluate_every) or last:
@@ -194,7 +195,7 @@ def fit(
                     books.save(step, state, improved)
                 saved_at = time.monotonic()
             if last or stopping:
-                books.finish(state)
+                books.finish(step, state)
             if stopping:
                 raise Interrupted(step, state)
             if last:

@@ -112,6 +112,18 @@ def _nearest(size: int, divisor: int) -> str:
     return f"{below} and {above}" if below else str(above)
 
 
+def put_key(key: jax.Array, mesh: Mesh) -> jax.Array:
+    """Puts a typed key on every device, those of other processes included.
+
+    >>> mesh = make_mesh(1, devices=jax.devices()[:1])
+    >>> put_key(jax.random.key(0), mesh).sharding.is_fully_replicated
+    True
+    """
+    # jax moves plain arrays to devices of other processes, but not keys.
+    data = jax.device_put(jax.random.key_data(key), replicated(mesh))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
 def put_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's rows on its devices, as its part of the global batch."""
     sharding = batch_sharding(mesh)

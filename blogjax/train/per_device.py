@@ -13,8 +13,10 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from blogjax.train.checkpoint import leaf_fingerprints
 from blogjax.train.task import Task
 
 View = Literal["jit", "pmap", "shard_map"]
@@ -101,3 +103,27 @@ def on_each_device(function: Callable[..., Any], axis: str, mesh: Mesh, view: st
         out_specs=whole,
         check_vma=False,
     )
+
+
+def differing_leaves(axis: str, mesh: Mesh, view: str) -> Callable[..., Any]:
+    """Returns `f(state, devices) -> bool [leaves]`: which leaves are not everywhere the same.
+
+    A step that forgets to average leaves every device with a state of its own in what counts as
+    one replicated array, and nothing else would show it.
+
+    Args:
+      axis: as in `on_each_device`.
+      mesh: likewise.
+      view: likewise.
+
+    Returns:
+      A jitted function; `devices` is any array with one row per device.
+    """
+
+    def differ(state: Any, rows: jax.Array, key: jax.Array) -> jax.Array:
+        del rows, key
+        own = jnp.stack(leaf_fingerprints(jax.tree.leaves(state)))
+        return jax.lax.pmax(own, axis) != jax.lax.pmin(own, axis)
+
+    mapped = on_each_device(differ, axis, mesh, view)
+    return jax.jit(lambda state, devices: mapped(state, devices, jnp.zeros(())))

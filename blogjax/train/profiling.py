@@ -62,26 +62,42 @@ def check_window(window: tuple[int, int]) -> tuple[int, int]:
 class Profile:
     """Traces the steps `start <= step < stop` into `folder/profile`, for TensorBoard or Perfetto.
 
+    With several processes each has its own folder in there. A trace that cannot be written costs
+    the run nothing but a line.
+
     Args:
-      folder: of the run; None traces nothing.
-      window: `(start, stop)`; None for what `profiling` asks for, and else nothing.
+      folder: of the run.
+      window: `(start, stop)`; None for what `profiling` asks for, which a run without a folder or
+        with fewer steps passes over, and else nothing.
       steps: how many there will be.
 
     Raises:
-      ValueError: if the window is empty or begins after the last step, or a window is given and no
-        folder.
+      ValueError: if a window is given that is empty or begins after the last step, or one is given
+        and no folder.
     """
 
     def __init__(self, folder: pathlib.Path | None, window: tuple[int, int] | None, steps: int):
-        if window is not None and folder is None:
-            raise ValueError("profile is given, but no workdir to write the trace to")
-        window = asked_for() if window is None else check_window(window)
-        if window is not None and window[0] >= steps:
-            raise ValueError(
-                f"a profile of steps {window[0]} to {window[1]} in a run of {steps} steps is empty"
-            )
-        self._folder, self._window = folder, window
-        self._running = False
+        given, window = window, window or asked_for()
+        if given is not None:
+            start, stop = check_window(given)
+            if folder is None:
+                raise ValueError("profile is given, but no workdir to write the trace to")
+            if start >= steps:
+                raise ValueError(
+                    f"a profile of steps {start} to {stop} in a run of {steps} steps is empty"
+                )
+        if window is None or folder is None or window[0] >= steps:
+            folder, window = pathlib.Path(), None
+        self._window, self._running = window, False
+        self._folder = folder / "profile"
+        if jax.process_count() > 1:
+            self._folder /= f"process{jax.process_index()}"
+
+    def missed(self, start: int) -> str:
+        """What to tell if a run that begins at `start` is beyond the window already."""
+        if self._window is None or start < self._window[1]:
+            return ""
+        return f"no trace: the run goes on at {start}, beyond {self._window[0]}:{self._window[1]}"
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -92,26 +108,34 @@ class Profile:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def switch(self, step: int, state: Any) -> pathlib.Path | None:
-        """Starts or ends the trace if it is time; returns its folder once it is written."""
-        if self._window is None or self._folder is None:
-            return None
+    def switch(self, step: int, state: Any, last: bool) -> str:
+        """Starts or ends the trace if it is time; returns what to tell of it."""
+        if self._window is None:
+            return ""
         start, stop = self._window
-        if self._running and step >= stop:
+        if self._running and (step >= stop or last):
             jax.block_until_ready(state)
-            self.close()
-            return self._folder / "profile"
-        if not self._running and start <= step < stop:
+            return self.close()
+        if not self._running and start <= step < stop and not last:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self._folder / "profile"), create_perfetto_trace=True)
+            try:
+                jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            except Exception as error:
+                self._window = None
+                return f"no trace: {error!r}"
             self._running = True
-        return None
+        return ""
 
-    def close(self) -> None:
-        """Ends a trace that runs, and writes it."""
-        if self._running:
-            self._running = False
+    def close(self) -> str:
+        """Ends a trace that runs, and writes it; returns what to tell."""
+        if not self._running:
+            return ""
+        self._running, self._window = False, None
+        try:
             jax.profiler.stop_trace()
+        except Exception as error:
+            return f"no trace: {error!r}"
+        return f"the trace is in {self._folder}"
 
 
 def describe_program(program: Any) -> dict[str, float]:

@@ -268,7 +268,6 @@ class Progress:
         self._show = show and jax.process_index() == 0
         self._bar = None
         self._first: tuple[int, float] | None = None
-        self.data_wait_share = 0.0
         self._last_line = -math.inf
         if self._show and sys.stdout.isatty():
             from rich import progress
@@ -287,13 +286,13 @@ class Progress:
             self._bar.start()
 
     def steps_per_second(self, step: int) -> float | None:
-        """The mean rate since the first step of this process, compilation left out."""
+        """The mean rate since the first step of this process, whatever lay between the steps."""
         if self._first is None or step <= self._first[0]:
             return None
         return (step - self._first[0]) / max(time.monotonic() - self._first[1], 1e-9)
 
-    def update(self, step: int, loss: float) -> None:
-        """Tells that `step` steps are done."""
+    def update(self, step: int, loss: float, waited: float = 0.0) -> None:
+        """Tells that `step` steps are done, with a share of their time spent waiting for data."""
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)
@@ -302,8 +301,8 @@ class Progress:
         rate = self.steps_per_second(step)
         speed = "-" if rate is None else f"{rate:.1f} steps/s"
         eta = "-" if rate is None else duration((self._steps - step) / rate)
-        if self.data_wait_share >= 0.1:
-            speed += f" ({self.data_wait_share:.0%} waiting for data)"
+        if waited >= 0.1:
+            speed += f" ({waited:.0%} waiting for data)"
         text = f"{loss:.4g}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, loss=text, speed=speed, eta=eta)

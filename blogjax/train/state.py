@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from blogjax.train.mesh import replicated, state_shardings
+from blogjax.train.mesh import put_key, replicated, state_shardings
 from blogjax.train.task import Task
 
 
@@ -21,7 +21,7 @@ def abstract_state(task: Task, mesh: Mesh) -> Any:
       ValueError: if the state has no `step` of shape `[]` and dtype int32.
     """
     # A key on the mesh, as `init_state` gets one: then `init` is traced once for both.
-    key = jax.device_put(jax.random.key(0), replicated(mesh))
+    key = put_key(jax.random.key(0), mesh)
     abstract = jax.eval_shape(task.init, key)
     step = getattr(abstract, "step", None)
     if step is None or step.shape != () or step.dtype != "int32":

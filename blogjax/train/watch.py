@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -16,33 +16,52 @@ class StepClock:
     >>> with clock.step():
     ...     with clock.waiting():
     ...         time.sleep(0.01)
-    >>> clock.take_share() > 0.5, clock.take_share()
-    (True, None)
+    >>> rate, share = clock.take()
+    >>> rate < 100, share > 0.5, clock.take()
+    (True, True, None)
+
+    Args:
+      now: what tells the time, in seconds.
     """
 
-    def __init__(self) -> None:
-        self._steps = self._waited = self._waiting = 0.0
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._count, self._steps, self._waited, self._waiting = 0, 0.0, 0.0, 0.0
+        self._all = [0.0, 0.0]
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Around a step: next batch, dispatch, log. Only whole steps count."""
-        began, self._waiting = time.perf_counter(), 0.0
+        began, self._waiting = self._now(), 0.0
         yield
-        self._steps += time.perf_counter() - began
+        self._count += 1
+        self._steps += self._now() - began
         self._waited += self._waiting
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what waits for data, inside `step`."""
-        began = time.perf_counter()
+        began = self._now()
         yield
-        self._waiting += time.perf_counter() - began
+        self._waiting += self._now() - began
 
-    def take_share(self) -> float | None:
-        """Returns waiting / steps since it was last asked, None if there was no step."""
-        share = self._waited / self._steps if self._steps else None
-        self._steps = self._waited = 0.0
-        return share
+    def take(self) -> tuple[float, float] | None:
+        """Returns steps per second and the share of waiting since it was last asked.
+
+        Evaluations, saving and whatever else lies between the steps is not in them. None if there
+        was no step.
+        """
+        if not self._steps:
+            return None
+        found = self._count / self._steps, self._waited / self._steps
+        self._all = [self._all[0] + self._steps, self._all[1] + self._waited]
+        self._count, self._steps, self._waited = 0, 0.0, 0.0
+        return found
+
+    @property
+    def waited_share(self) -> float:
+        """The share of waiting in all that was taken so far."""
+        return self._all[1] / self._all[0] if self._all[0] else 0.0
 
 
 class Compilations:

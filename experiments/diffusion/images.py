@@ -52,16 +52,22 @@ class Images:
     def _tfds(self) -> dict[str, Any]:
         return {"data_dir": self.folder, "features": FEATURES, "in_memory": self.in_memory}
 
+    def first(self, split: str, count: int) -> np.ndarray:
+        """The first images of a split, at most `count`; no other is read.
+
+        Raises:
+          ValueError: for the digits, which are small.
+        """
+        if self.name == "digits":
+            raise ValueError("the digits are read whole, by `arrays`")
+        source = tfds.source(self.name, self.splits[split], self.folder, features=("image",))
+        examples = source.__getitems__(range(min(count, len(source))))
+        return np.stack([example["image"] for example in examples])
+
     def arrays(self, split: str) -> dict[str, np.ndarray]:
-        """All of a split: `image` float32 in [-1, 1], or uint8 as TFDS has it, and `label`."""
+        """All of a split of the digits: `image` float32 in [-1, 1], and `label`."""
         if split not in self._loaded:
-            self._loaded[split] = (
-                digits.load(split)
-                if self.name == "digits"
-                else tfds.load(
-                    self.name, self.splits[split], data_dir=self.folder, features=FEATURES
-                )
-            )
+            self._loaded[split] = digits.load(split)
         return self._loaded[split]
 
 
@@ -89,7 +95,8 @@ def open_images(data: Any) -> Images:
             )
         shape, num_classes = digits.load("test")["image"].shape[1:], 10
     else:
-        described = tfds.describe(data.name, splits["train"], data_dir=data.dir or None)
+        found = [tfds.describe(data.name, s, data_dir=data.dir or None) for s in data.splits]
+        described = found[0]  # the features are those of all splits
         shape: Any = described.shapes.get("image", (None,))
         if None in shape or "label" not in described.num_classes:
             raise ValueError(

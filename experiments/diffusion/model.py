@@ -67,7 +67,7 @@ def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
         config.optim, learning_rate=(0, 10), warmup_fraction=(0, 1), b1=(0, 1), b2=(0, 1),
         clip_norm=(1e-9, float("inf")),
     )  # fmt: skip
-    _check_samples(config.sample, schedule, num_classes)
+    _check_samples(config.sample, schedule, model.num_classes)
     task = denoising_task(
         make_init(model, image_shape),
         make_apply(model),
@@ -102,10 +102,11 @@ def _check_samples(samples: Any, schedule: NoiseSchedule, num_classes: int) -> N
         raise ValueError(
             f"sample.samplers must be some of {', '.join(SAMPLERS)}, got {samples.samplers}"
         )
-    if samples.num % num_classes or samples.num < 3 * num_classes:
+    classes = max(num_classes, 1)
+    if samples.num % classes or samples.num < 3 * classes:
+        of_classes = f"a multiple of the {num_classes} classes and " if num_classes else ""
         raise ValueError(
-            f"sample.num must be a multiple of the {num_classes} classes and at least "
-            f"{3 * num_classes}, got {samples.num}"
+            f"sample.num must be {of_classes}at least {3 * classes}, got {samples.num}"
         )
     if samples.batch_size < 1:
         raise ValueError(f"sample.batch_size must be at least 1, got {samples.batch_size}")
@@ -159,12 +160,13 @@ def sampler(plan: Plan, image_shape: tuple[int, ...]) -> Callable[..., Any]:
     """Returns `generate(params, seed, steps, kind, first, trajectory=False) -> [n, ...]`.
 
     It draws the samples `first .. first + n` of `sample.num`, whose classes come in turn, by the
-    sampler `kind` of `SAMPLERS`; n is `sample.batch_size`, less at the end. With `trajectory` the
-    states from noise to images, `[steps + 1, n, ...]`. Of a seed and row the noise is the same for
-    every sampler: what differs between them is not chance.
+    sampler `kind` of `SAMPLERS`; n is `sample.batch_size`, less at the end, on any number of
+    devices. With `trajectory` the states from noise to images, `[steps + 1, n, ...]`. Of a seed
+    and row the noise is the same for every sampler: what differs between them is not chance.
     """
     num, devices = plan.samples.num, plan.mesh.size
-    size = -(-min(plan.samples.batch_size, num) // devices) * devices
+    wanted = min(plan.samples.batch_size, num)
+    size = -(-wanted // devices) * devices  # what is too many is drawn and dropped
     split, whole = meshes.batch_sharding(plan.mesh), meshes.replicated(plan.mesh)
 
     @functools.partial(
@@ -191,17 +193,16 @@ def sampler(plan: Plan, image_shape: tuple[int, ...]) -> Callable[..., Any]:
     def generate(
         params: Any, seed: int, steps: int, kind: str, first: int, trajectory: bool = False
     ) -> np.ndarray:
-        key = jax.device_put(jax.random.key(seed), whole)
+        key = meshes.put_key(jax.random.key(seed), plan.mesh)
         rows = jax.device_put(np.arange(first, first + size, dtype=np.int32), split)
         options = {"eta": 0.0, "sigma": "eta", **SAMPLERS[kind]}
         images = generate_batch(params, key, rows, steps=steps, trajectory=trajectory, **options)
         axis = 1 if trajectory else 0
-        return jax.device_get(images).take(np.arange(min(size, num - first)), axis)
+        return jax.device_get(images).take(np.arange(min(wanted, num - first)), axis)
 
     return generate
 
 
 def batch_starts(plan: Plan) -> range:
     """The `first` of every batch of samples."""
-    size = -(-min(plan.samples.batch_size, plan.samples.num) // plan.mesh.size) * plan.mesh.size
-    return range(0, plan.samples.num, size)
+    return range(0, plan.samples.num, plan.samples.batch_size)

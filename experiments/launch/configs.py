@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from blogjax.train import profiling
 
 # Fields that say how a run goes, not what it computes: they may change between two starts.
-OPERATIONAL = ("mesh.", "train.on_nonfinite", "train.save_seconds")
+OPERATIONAL = ("mesh.", "data.serve", "data.dir", "train.on_nonfinite", "train.save_seconds")
 
 
 class ConfigError(ValueError):

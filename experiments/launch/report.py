@@ -34,7 +34,7 @@ VERDICTS = ("fails", "undecided", "not judged", "holds")  # the first of them is
 TITLES = {
     "grad_norm": "gradient norm",
     "update_to_parameters": "update norm / parameter norm",
-    "steps_per_second": "mean steps per second",
+    "steps_per_second": "steps per second",
     "data_wait_share": "share of time waiting for data",
     "compilations": "programs compiled again",
     "skipped": "steps left out",
@@ -109,7 +109,7 @@ def _content(workdir: pathlib.Path) -> dict[str, Any]:
         "finished": finished,
         "took": "" if math.isnan(seconds) else duration(seconds),
         "steps": f"{max(steps):,.0f}" if steps else "",
-        "rates": ", ".join(f"{y[-1]:.3g}" for y in rates if np.isfinite(y[-1])),
+        "rates": ", ".join(f"{np.nanmedian(y):.3g}" for y in rates if np.isfinite(y).any()),
         "claims": claims,
         "pictures": _pictures(workdir, _as(list, result.get("pictures")), notes),
         "panels": panels,

@@ -105,6 +105,15 @@ def test_each_view_compiles_once_and_updates_in_place(case, view):
     assert all(x.is_deleted() for x in jax.tree.leaves(first.params))
 
 
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_is_not_averaged_is_seen(case, view, tmp_path):
+    """The same step without its collectives: the devices train apart."""
+    task = case.make(optax.sgd(0.05), None)._replace(axis_name="rows", evaluate=None)
+    with pytest.raises(ValueError, match=r"after step 2 the devices hold different .*params/"):
+        fit(task, case.batches(), 4, view=view, mesh=mesh_of(8), save_every=2, workdir=tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
 def test_without_an_axis_name_the_per_device_views_are_refused(case):
     with pytest.raises(ValueError, match="'pmap' needs a task built with axis_name"):
         fit(case.make(optax.sgd(0.1), None), case.batches(), 1, view="pmap")

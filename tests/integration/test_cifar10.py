@@ -10,8 +10,11 @@ import pytest
 from tracked_config import Tracked
 
 from blogjax.data import tfds as data_tfds
+from blogjax.diffusion.sampling import sample
+from blogjax.diffusion.schedules import linear_beta_schedule
 from blogjax.models.unet import ddpm_cifar10
 from blogjax.tasks.augmentation import random_horizontal_flip
+from blogjax.train import mesh as meshes
 from configs.ddpm import get_config
 from experiments import ddpm
 from experiments.diffusion import images, model
@@ -97,6 +100,36 @@ def test_the_published_setting():
         128, 800_000, 0.9999,
     )  # fmt: skip
     assert config.data.flip
+    assert (config.model.dropout, config.diffusion.prediction) == (0.1, "eps")
+    assert (config.optim.b1, config.optim.b2) == (0.9, 0.999)
+    # Clipped at 1 is the gradient of a mean over an image's numbers; ours is of their sum.
+    assert config.optim.clip_norm == 1.0 * 32 * 32 * 3
+    assert not config.model.conditional
+    assert "ddpm_large" in config.sample.samplers and 1000 in config.sample.steps
+
+
+def test_the_larger_variance_is_that_of_the_forward_step():
+    """Ho et al., section 3.2: sigma_t^2 = beta_t, above the posterior's, and none at the end."""
+    schedule = linear_beta_schedule(10)
+    shape = (20_000, 1)
+
+    def spread(kind, steps):
+        """Deviation of x_s given x_t = 0 where the network says 0, over one step of the sampler."""
+        options = {"eta": 0.0, **model.SAMPLERS[kind]}
+        x = sample(
+            jax.random.key(0), lambda x, t: jax.numpy.zeros_like(x), schedule, shape,
+            steps=steps, x_T=jax.numpy.zeros(shape), **options,
+        )  # fmt: skip
+        return float(x.std())
+
+    signal = np.asarray(schedule.signal(np.arange(11)), np.float64)
+    beta = 1 - (signal[6] / signal[5]) ** 2
+    posterior = beta * (1 - signal[5] ** 2) / (1 - signal[6] ** 2)
+    assert spread("ddpm_large", [6, 5]) == pytest.approx(beta**0.5, rel=0.03)
+    assert spread("ddpm", [6, 5]) == pytest.approx(posterior**0.5, rel=0.03)
+    assert spread("ddim", [6, 5]) == 0
+    assert spread("ddpm_large", [1, 0]) == 0
+    assert beta > 1.05 * posterior
 
 
 def test_a_constant_rate_without_warmup_is_not_zero():
@@ -206,11 +239,44 @@ def test_flips_reach_the_task(folder, monkeypatch):
     assert seen == [random_horizontal_flip, None]
 
 
-def test_a_dataset_that_does_not_fit_is_refused(folder):
-    config = small(folder, **{"data.splits": ("train", "test[:16]", "validation")})
-    data = images.open_images(config.data)
-    with pytest.raises(ValueError, match="validation"):
-        data.arrays("test")
-    config = small(folder, **{"data.name": "cifar11"})
-    with pytest.raises(ConfigError, match="cifar10"):
-        ddpm.run(config, folder / "none")
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.splits", ("train", "test[:16]", "tset"), "'tset' of cifar10: there are"),
+        ("data.splits", ("train", "validation", "test"), "'validation' of cifar10: there are"),
+        ("data.name", "cifar11", "near names: .*cifar10"),
+        ("judge", True, "judge must be False"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_it_is(folder, field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        ddpm.run(small(folder, **{field: value}), folder / "none")
+
+
+def test_samples_need_no_classes_where_the_network_has_none(folder):
+    config = small(folder, **{"sample.num": 31})
+    assert model.build(config, (32, 32, 3), 100).task.axis_name is None
+    config.model.conditional = True
+    with pytest.raises(ValueError, match="a multiple of the 100 classes and at least 300"):
+        model.build(config, (32, 32, 3), 100)
+
+
+def test_only_the_images_compared_with_are_read(folder):
+    data = images.open_images(small(folder).data)
+    first = data.first("train", 5)
+    assert first.shape == (5, 32, 32, 3) and first.dtype == np.uint8
+    whole = data_tfds.load("cifar10", "train", folder)["image"]
+    np.testing.assert_array_equal(first, whole[:5])
+    assert len(data.first("test", 1000)) == SIZES["test"] - 16
+
+
+def test_files_of_samples_do_not_depend_on_the_devices(folder):
+    config = small(folder)
+    plan = model.build(config, (32, 32, 3), 10)
+    params = jax.jit(plan.task.init)(jax.random.key(0)).params
+    one = dataclasses.replace(plan, mesh=meshes.make_mesh(devices=jax.devices()[:3]))
+    assert [*model.batch_starts(plan)] == [*model.batch_starts(one)] == [0, 16]
+    for first, count in ((0, 16), (16, 14)):
+        parts = [model.sampler(p, (32, 32, 3))(params, 0, 1, "ddim", first) for p in (plan, one)]
+        assert parts[0].shape == (count, 32, 32, 3)
+        np.testing.assert_allclose(*parts, atol=1e-5)

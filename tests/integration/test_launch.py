@@ -21,6 +21,7 @@ def get_config(variant="default"):
         "model": ConfigDict({"widths": (1, 2), "kind": "mlp"}),
         "train": ConfigDict({"steps": 3, "save_seconds": 5.0}),
         "mesh": ConfigDict({"fsdp": 1}),
+        "data": ConfigDict({"serve": "auto", "dir": "", "name": "a"}),
     })
 """
 
@@ -216,9 +217,13 @@ def test_another_configs_folder_is_refused_unless_set_aside(launch, tmp_path):
 
 def test_what_does_not_change_the_result_may_change_between_starts(launch):
     launch()
-    code, out, _ = launch("--config.mesh.fsdp=2", "--config.train.save_seconds=1", run=refuse)
+    code, out, _ = launch(
+        "--config.mesh.fsdp=2", "--config.train.save_seconds=1", "--config.data.serve=grain",
+        "--config.data.dir=/moved", run=refuse,
+    )  # fmt: skip
     assert code == 0
     assert "finished" in out
+    assert launch("--config.data.name=b", run=refuse)[0] == 2
 
 
 def test_a_config_that_cannot_be_run_does_not_claim_the_folder(launch, tmp_path):

@@ -33,18 +33,16 @@ def timings(folder):
     return [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
 
 
-def test_share_of_waiting():
-    clock = StepClock()
+def test_rates_and_shares_by_a_clock_of_our_own():
+    times = iter([0, 1, 4, 5, 10, 10, 11, 11])  # 5 s with 3 s of waiting, 1 s with 1 s of it
+    clock = StepClock(lambda: float(next(times)))
     for _ in range(2):
-        with clock.step():
-            with clock.waiting():
-                time.sleep(0.03)
-            time.sleep(0.01)
-    share = clock.take_share()
-    assert share == pytest.approx(0.75, abs=0.1)
-    with clock.step():
-        time.sleep(0.01)
-    assert clock.take_share() == pytest.approx(0, abs=0.01)
+        with clock.step(), clock.waiting():
+            pass
+    assert clock.take() == (2 / 6, 4 / 6)
+    assert clock.take() is None
+    assert clock.waited_share == 4 / 6
+    assert clock.waited_share == 4 / 6  # of all that was taken, asked as often as one likes
 
 
 def test_slow_data_is_seen_and_fast_data_is_not(tmp_path, capsys):
@@ -108,20 +106,45 @@ def _events(path):
         return json.load(file)["traceEvents"]
 
 
-def test_a_trace_is_written_when_the_run_ends_inside_it(tmp_path):
-    fit(TASK, Source(), 3, workdir=tmp_path, profile=(1, 100))
+def test_a_trace_is_written_when_the_run_ends_inside_it(tmp_path, capsys):
+    fit(TASK, Source(), 3, workdir=tmp_path, profile=(1, 100), verbose=True)
+    assert "step 3: the trace is in" in capsys.readouterr().out
     assert list((tmp_path / "profile").glob("**/*.xplane.pb"))
     fit(TASK, Source(), 2, workdir=tmp_path / "again", profile=(0, 1))  # the profiler is free
 
 
-def test_windows_that_cannot_be():
+def test_windows_that_cannot_be(tmp_path):
     for window in [(3, 3), (4, 2), (-1, 2)]:
         with pytest.raises(ValueError, match="START to a later STOP"):
             profiling.check_window(window)
     with pytest.raises(ValueError, match="no workdir"):
         fit(TASK, Source(), 3, profile=(0, 1))
-    with pytest.raises(ValueError, match="in a run of 3 steps is empty"), profiling.profiling(3, 4):
+    with pytest.raises(ValueError, match="in a run of 3 steps is empty"):
+        fit(TASK, Source(), 3, workdir=tmp_path, profile=(3, 4))
+
+
+def test_runs_that_a_window_around_them_misses_go_on(tmp_path, capsys):
+    with profiling.profiling(3, 4):
         fit(TASK, Source(), 3)
+        fit(TASK, Source(), 3, workdir=tmp_path)
+        fit(TASK, Source(), 6)
+    assert not (tmp_path / "profile").exists()
+    with profiling.profiling(1, 3):
+        fit(TASK, Source(), 5, workdir=tmp_path, verbose=True)
+    assert "no trace: the run goes on at 3, beyond 1:3" in capsys.readouterr().out
+
+
+def test_a_trace_that_cannot_be_written_costs_a_line_only(tmp_path, monkeypatch, capsys):
+    stop = jax.profiler.stop_trace
+
+    def failing():
+        stop()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", failing)
+    state = fit(TASK, Source(), 4, workdir=tmp_path, profile=(1, 2), verbose=True)
+    assert int(state.step) == 4
+    assert "step 2: no trace: OSError(28" in capsys.readouterr().out
 
 
 def test_the_program_is_described(tmp_path, capsys):

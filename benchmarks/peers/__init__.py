@@ -1,0 +1,1 @@
+"""What the benchmarks compare with; imported in the bench environment only (see README.md)."""
