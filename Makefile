@@ -33,8 +33,20 @@ check: $(TEST)
 readme: $(TEST)
 	$(PYTHON) -m experiments.launch.publish
 
-bench: $(TEST)
+# Alone on the machine: other work on its cores is in every figure.
+bench: $(TEST) .venv-bench/.installed
 	$(PYTHON) -m benchmarks.start_time
+	$(PYTHON) -m benchmarks.views
+	$(PYTHON) -m benchmarks.loop_overhead
+	$(PYTHON) -m benchmarks.cifar10_program
+	.venv-bench/bin/python -m benchmarks.ddpm_step
+
+# PyTorch and the peers, several GB, apart from what the tests use.
+.venv-bench/.installed: setup.cfg requirements.txt
+	$(PY) -m venv --clear .venv-bench
+	.venv-bench/bin/pip install -q --disable-pip-version-check uv
+	.venv-bench/bin/uv pip install -q --python .venv-bench/bin/python -c requirements.txt -e '.[train,bench]'
+	@touch $@
 
 lock: $(TEST)
 	$(BIN)/uv pip compile -q --universal --upgrade --no-annotate --no-header \

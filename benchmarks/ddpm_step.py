@@ -63,17 +63,15 @@ class Blogjax:
         jax.config.update("jax_num_cpu_devices", devices)
         from blogjax.core.random import fold_in_rows
         from blogjax.diffusion.sampling import sample
-        from blogjax.models.unet import UNet
         from blogjax.train.compiled import compile_task
         from blogjax.train.mesh import batch_sharding, put_batch, replicated
         from blogjax.train.state import init_state
-        from experiments import ddpm
+        from experiments.diffusion.model import build
         from experiments.launch import configs
 
         config: Any = configs.load(str(ROOT / "configs" / "ddpm.py"))
         self.config, shape = config, (8, 8, 1)
-        self.plan = plan = ddpm.build(config, shape, num_classes=10)
-        self.model = UNet(num_classes=10, **config.model)
+        self.plan = plan = build(config, shape, num_classes=10)
         compiled = compile_task(plan.task, plan.mesh)
         self.key = jax.device_put(jax.random.key(0), replicated(plan.mesh))
         state = init_state(plan.task, compiled.abstract, plan.mesh, self.key)

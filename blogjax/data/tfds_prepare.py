@@ -227,7 +227,7 @@ def _command(name: str, folder: str, downloads: pathlib.Path | None = None) -> s
 
 def _elsewhere(name: str, base: str, root: pathlib.Path, without_tensorflow: bool = True) -> str:
     own = (
-        f"(with blogjax, blogjax.data.tfds.prepare({name!r}, 'prepared') does it without "
+        f"(with blogjax, blogjax.data.tfds.prepare({name!r}, 'prepared') may do it without "
         "TensorFlow), "
     )
     return (

@@ -92,7 +92,7 @@ def test_the_commands_of_the_readme(tmp_path):
     """A fresh clone, an empty cache, the README's commands in order, nothing else."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
-    here, _, _ = (clone / "README.md").read_text().partition("## On a GPU")
+    here, _, _ = (clone / "README.md").read_text().partition("## On GPUs")
     blocks = re.findall(r"```sh\n(.*?)```", here, re.S)
     commands = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
     assert commands[:2] == ["make train", "make test"]

@@ -1,4 +1,5 @@
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,3 +59,50 @@ def test_group_norm_of_a_constant_and_in_bfloat16(key):
 def test_groups_must_divide():
     with pytest.raises(ValueError, match="5 groups do not divide 12 channels"):
         group_norm(12, groups=5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 3, 5, 12), 3), ((2, 12), 4), ((3, 7, 6), 1), ((1, 2, 3, 4, 8), 8)]
+)
+def test_group_norm_and_its_gradients_are_flaxs(key, shape, groups):
+    with jax.enable_x64(True):
+        keys = jax.random.split(key, 4)
+        x, g = (3 + jax.random.normal(k, shape, jnp.float64) for k in keys[:2])
+        params = {
+            name: jax.random.normal(k, shape[-1:], jnp.float64)
+            for name, k in zip(("scale", "bias"), keys[2:], strict=True)
+        }
+
+        def values(layer):
+            out, vjp = jax.vjp(lambda p, x: layer.apply({"params": p}, x), params, x)
+            return out, *vjp(g)
+
+        ours = jax.jit(lambda: values(group_norm(shape[-1], groups=groups)))()
+        theirs = jax.jit(lambda: values(nn.GroupNorm(groups, use_fast_variance=False)))()
+        chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_group_norm_under_vmap_is_that_of_a_batch(key):
+    x = jax.random.normal(key, (3, 5, 7, 8))
+    layer = group_norm(8)
+    variables = layer.init(key, x)
+    one = jax.vmap(lambda x: layer.apply(variables, x[None])[0])
+    np.testing.assert_allclose(one(x), layer.apply(variables, x), atol=1e-6)
+
+
+def test_group_norm_refuses_what_it_cannot_divide(key):
+    with pytest.raises(ValueError, match=r"not an array of shape \(12,\)"):
+        group_norm(12).init(key, jnp.ones(12))
+    with pytest.raises(ValueError, match=r"3 groups do not divide 16 channels \(input \(2, 16\)\)"):
+        group_norm(12).init(key, jnp.ones((2, 16)))
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("of_x", [jnp.bfloat16, jnp.float32])
+def test_group_norm_dtypes(key, dtype, param_dtype, of_x):
+    layer = group_norm(8, dtype=dtype, param_dtype=param_dtype)
+    out, variables = layer.init_with_output(key, jnp.ones((2, 3, 8), of_x))
+    chex.assert_type(jax.tree.leaves(variables), param_dtype)
+    chex.assert_type(out, jnp.promote_types(of_x, param_dtype) if dtype is None else dtype)
