@@ -40,6 +40,33 @@ class Post:
 
 POSTS = (
     Post(
+        slug="S01",
+        title="Lion, the optimiser found by search; Tiger; embeddings that drift",
+        method="Lion, Tiger, lazy rows, accumulation, stochastic rounding, normalised gradients",
+        urls=(
+            "https://kexue.fm/archives/9473",
+            "https://kexue.fm/archives/9512",
+            "https://kexue.fm/archives/9736",
+            "https://kexue.fm/archives/8634",
+        ),
+        papers=("chen2023symbolic", "liang2024cautious", "yong2020gradient"),
+        modules=(
+            "blogjax/optim/lion.py",
+            "blogjax/optim/tiger.py",
+            "blogjax/optim/sparse_rows.py",
+            "blogjax/optim/accumulate.py",
+            "blogjax/optim/stochastic_rounding.py",
+            "blogjax/optim/normalize.py",
+        ),
+        experiment=None,
+        config=None,
+        tests=(
+            "tests/conformance/test_optimisers.py",
+            "tests/optim/test_lion.py",
+            "tests/optim/test_tiger.py",
+        ),
+    ),
+    Post(
         slug="S30",
         title="DDPM as an autoregressive VAE",
         method="DDPM: noise schedules, denoising loss, exact ELBO",
@@ -71,7 +98,7 @@ POSTS = (
 )
 
 NEXT = (
-    "Lion, Tiger and the optimiser suite (S01)",
+    "Lion's experiments, majority vote and benchmarks (S01)",
     "operations on gradients and the first adversarial task (S02, S03)",
     "multi-task learning (S04 to S06)",
 )
