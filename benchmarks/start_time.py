@@ -10,17 +10,16 @@ Writes benchmarks/results/start_time.json.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+from benchmarks.machine import surroundings, write
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGETS = {"cold": 10.0, "warm": 4.0}
@@ -74,15 +73,10 @@ def main() -> None:
         "median": {kind: statistics.median(values) for kind, values in seconds.items()},
         "all": seconds,
         "target": TARGETS,
-        "machine": f"{os.cpu_count()} x {platform.machine()} cores, {platform.system()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in ("jax", "flax", "optax")},
-        },
+        **surroundings(),
     }
-    path = ROOT / "benchmarks" / "results" / "start_time.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record["median"]))
+    write("start_time", record)
+    print(record["median"])
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ def scale_by_lion(
     copy is saved, b2 = 0 gives NaN, and with b1 far above b2 signs near c = 0 are noise.
 
     After the gradients have become zero the sign goes on firing until the momentum is flushed to
-    zero, for some 8000 steps at b2 = .99. Rows of a table that are rarely touched drift because of
-    it; see `sparse_rows`.
+    zero: from 1e-3 for ln(1e-3 / 1.2e-38) / -ln(b2) steps, some 8000 at b2 = .99. Rows of a table
+    that are rarely touched drift because of it; see `sparse_rows`.
 
     Args:
       b1: weight of the momentum in c, in `[0, 1)`.

@@ -161,6 +161,7 @@ class Bookkeeper:
         if self.checkpoints is not None:
             reached = int(jax.device_get(state.step))
             if recoverable and reached not in self.checkpoints.steps():
+                self.writer.flush()
                 self.checkpoints.save(reached, state)
             self.checkpoints.wait()
             saved = max(self.checkpoints.steps(), default=None)

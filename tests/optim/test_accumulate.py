@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optimiser_steps import run_steps
 
 from blogjax.optim.accumulate import AccumulateState, accumulate
 from blogjax.optim.skip_nonfinite import skip_nonfinite
@@ -25,17 +26,7 @@ def gradients(step: int, fault=None, params=PARAMS):
 
 
 def run(tx, sequence, params=PARAMS):
-    state = tx.init(params)
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for grads in sequence:
-        params, state = step(params, state, grads)
-    assert step._cache_size() == 1
-    return params, state
+    return run_steps(tx, params, sequence)
 
 
 def stack(trees):

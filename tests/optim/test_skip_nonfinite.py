@@ -6,6 +6,7 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optimiser_steps import run_steps
 
 from blogjax.optim.skip_nonfinite import nonfinite_leaves, skip_nonfinite
 
@@ -23,17 +24,7 @@ def poison(grads, value):
 
 
 def run(tx, sequence):
-    params, state = PARAMS, tx.init(PARAMS)
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for grads in sequence:
-        params, state = step(params, state, grads)
-    assert step._cache_size() == 1
-    return params, state
+    return run_steps(tx, PARAMS, sequence)
 
 
 @given(st.lists(st.sampled_from([None, *BAD]), min_size=1, max_size=6))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optimiser_steps import run_steps
 
 from blogjax.optim.accumulate import accumulate
 from blogjax.optim.skip_nonfinite import skip_nonfinite
@@ -30,20 +31,6 @@ def gradients(pattern, dtype=jnp.float32):
     return [{"table": x, "kernel": x} for x in g]
 
 
-def run(tx, params, sequence):
-    state = tx.init(params)
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for grads in sequence:
-        params, state = step(params, state, grads)
-    assert step._cache_size() == 1
-    return params, state
-
-
 PATTERNS = st.lists(st.lists(st.booleans(), min_size=V, max_size=V), min_size=1, max_size=5)
 
 
@@ -54,7 +41,7 @@ def test_a_row_lives_only_in_the_steps_that_touch_it(tx, pattern):
     """Neither depends on a step count: a row equals the plain optimiser on its own steps alone."""
     pattern = np.array(pattern)
     params, sequence = start(), gradients(pattern)
-    after, state = run(lazy_rows(tx, FLAGS), params, sequence)
+    after, state = run_steps(lazy_rows(tx, FLAGS), params, sequence)
     moments = [x for x in jax.tree.leaves(state) if x.shape == (V, D)]
     assert len(moments) == 2
     for i in range(V):
@@ -66,14 +53,16 @@ def test_a_row_lives_only_in_the_steps_that_touch_it(tx, pattern):
         np.testing.assert_allclose(after["table"][i], row, rtol=1e-6, atol=1e-7)
         moment = next(x for x in jax.tree.leaves(own) if x.shape == (D,))
         np.testing.assert_allclose(moments[1][i], moment, rtol=1e-6, atol=1e-7)
-    chex.assert_trees_all_close(after["kernel"], run(tx, params, sequence)[0]["kernel"], rtol=1e-6)
+    chex.assert_trees_all_close(
+        after["kernel"], run_steps(tx, params, sequence)[0]["kernel"], rtol=1e-6
+    )
 
 
 def test_adam_against_a_float64_loop():
     """Moments stand still in rows that are not touched; the bias correction counts every step."""
     sequence, lr, b1, b2, eps, decay = gradients(PATTERN), 0.1, 0.9, 0.99, 1e-8, 0.01
     tx = lazy_rows(optax.adamw(lr, b1, b2, eps, weight_decay=decay), FLAGS)
-    after, _ = run(tx, start(), sequence)
+    after, _ = run_steps(tx, start(), sequence)
     expected = np.asarray(start()["table"], np.float64)
     m, v = np.zeros((V, D)), np.zeros((V, D))
     for t, g in enumerate(sequence, 1):
@@ -104,7 +93,7 @@ INNERS = {
 @pytest.mark.parametrize("inner", INNERS.values(), ids=INNERS.keys())
 def test_untouched_rows_keep_every_bit_of_parameters_and_state(inner):
     tx = lazy_rows(inner, FLAGS)
-    params, before = run(tx, start(), gradients(np.ones((2, V), bool)))
+    params, before = run_steps(tx, start(), gradients(np.ones((2, V), bool)))
     params["table"] = params["table"].at[2].set(jnp.array([-0.0, 0.0, 1e-30]))
     assert jax.tree.structure(before) == jax.tree.structure(inner.init(params))
     grads = gradients(np.array([[1, 0, 0, 1, 0]], bool))[0]
@@ -129,7 +118,7 @@ def test_9736_a_rare_row_drifts_to_one_over_the_decay_and_a_lazy_one_stays():
     after = {}
     for name, flag in (("plain", False), ("lazy", True)):
         tx = lazy_rows(optax.lion(lr, weight_decay=decay, b2=0.999), flag)
-        params, state = run(tx, jnp.ones((2, 1)), [jnp.array([[1e-3], [1e-3]])])
+        params, state = run_steps(tx, jnp.ones((2, 1)), [jnp.array([[1e-3], [1e-3]])])
         first = np.asarray(params, np.float64)
 
         def step(carry, _, tx=tx):
@@ -169,7 +158,7 @@ def scale_by_row_statistic(shape_of):
 )
 def test_which_state_is_kept_by_row(shape_of, by_row):
     tx = lazy_rows(scale_by_row_statistic(shape_of), FLAGS)
-    _, state = run(tx, start(), gradients(PATTERN))
+    _, state = run_steps(tx, start(), gradients(PATTERN))
     shape = shape_of((V, D))
     visits = PATTERN.sum(0).reshape((V,) + (1,) * (len(shape) - 1)) if by_row else len(PATTERN)
     np.testing.assert_array_equal(state["table"], np.broadcast_to(visits, shape))
@@ -182,7 +171,7 @@ def test_statistics_of_a_square_leaf_that_could_be_rows_or_columns_are_refused()
     with pytest.raises(ValueError, match=r"v_row/table of shape \(4,\).*\(4, 4\)"):
         tx.update(params, tx.init(params), params)
     grads = {"table": jnp.ones((4, 2)).at[1].set(0)}
-    _, state = run(tx, {"table": jnp.ones((4, 2))}, [grads])
+    _, state = run_steps(tx, {"table": jnp.ones((4, 2))}, [grads])
     rows = next(x for x in jax.tree.leaves(state) if x.shape == (4,))
     assert (rows != 0).tolist() == [True, False, True, True]
 
@@ -191,7 +180,7 @@ def test_the_owner_of_a_state_leaf_is_the_longest_path_that_ends_it():
     params = {"table": jnp.ones((V, D)), "block": {"table": jnp.ones((V, D))}}
     tx = lazy_rows(optax.sgd(0.1, 0.9), {"table": True, "block": False})
     g = gradients(PATTERN)[0]["table"]
-    _, state = run(
+    _, state = run_steps(
         tx, params, [jax.tree.map(jnp.ones_like, params), {"table": g, "block": {"table": g}}]
     )
     trace = optax.tree.get(state, "trace")
@@ -201,7 +190,7 @@ def test_the_owner_of_a_state_leaf_is_the_longest_path_that_ends_it():
 
 def test_nan_is_a_gradient():
     grads = {"table": jnp.zeros((V, D)).at[1, 0].set(jnp.nan), "kernel": jnp.zeros((V, D))}
-    after, _ = run(lazy_rows(optax.sgd(0.1), FLAGS), start(), [grads])
+    after, _ = run_steps(lazy_rows(optax.sgd(0.1), FLAGS), start(), [grads])
     assert np.isnan(after["table"]).any(axis=1).tolist() == [False, True, False, False, False]
 
 
@@ -209,8 +198,8 @@ def test_accumulation_belongs_outside():
     """Row 0 is touched by the first microbatch only; inside, the last one's rows decide."""
     sequence = gradients(np.array([[1, 0, 0, 0, 0], [0, 1, 0, 0, 0]], bool))
     params = start()
-    outside, _ = run(accumulate(lazy_rows(optax.sgd(0.1), FLAGS), 2), params, sequence)
-    inside, _ = run(lazy_rows(accumulate(optax.sgd(0.1), 2), FLAGS), params, sequence)
+    outside, _ = run_steps(accumulate(lazy_rows(optax.sgd(0.1), FLAGS), 2), params, sequence)
+    inside, _ = run_steps(lazy_rows(accumulate(optax.sgd(0.1), 2), FLAGS), params, sequence)
     moved = [(x["table"] != params["table"]).all(axis=1).tolist() for x in (outside, inside)]
     assert moved[0] == [True, True, False, False, False]
     assert moved[1] == [False, True, False, False, False]
@@ -222,7 +211,7 @@ def test_flags_may_end_above_the_leaves_or_be_made_by_a_function():
     grads["emb"]["word"] = grads["emb"]["word"].at[1, 1, 2].set(1.0)
     whole = {"emb": {"word": True, "bias": True}, "none": None}
     results = [
-        run(lazy_rows(optax.lion(0.1), flags), params, [params, grads])
+        run_steps(lazy_rows(optax.lion(0.1), flags), params, [params, grads])
         for flags in (
             whole,
             {"emb": True, "none": False},
@@ -259,7 +248,7 @@ def test_scan_vmap_and_eight_devices_agree():
 
         return jax.lax.scan(step, (params, tx.init(params)), grads)[0]
 
-    expected = run(tx, params, list(grads))
+    expected = run_steps(tx, params, list(grads))
     mesh = Mesh(np.array(jax.devices()), ("data",))
     for spec in (P("data"), P()):
         placed = jax.device_put(params, NamedSharding(mesh, spec))
