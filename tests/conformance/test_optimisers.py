@@ -19,7 +19,13 @@ from blogjax.optim.skip_nonfinite import skip_nonfinite
 from blogjax.train.checkpoint import Checkpoints
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+# The controls test optax, not this repository: they are left to `make slow`.
+@pytest.fixture(
+    params=[
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * name.startswith("optax."))
+        for name, case in CASES.items()
+    ]
+)
 def case(request):
     """Checks that a case is known to fail must fail, or the reason given is no longer true."""
     case: Case = request.param
