@@ -22,8 +22,8 @@ class Post:
       urls: the post, then those it builds on.
       papers: keys of `references.bib`.
       modules: files of the library, the method's own first.
-      experiment: the script, or None.
-      config: its config, or None.
+      experiments: the scripts.
+      configs: their configs, in the same order.
       tests: files that hold the oracles.
     """
 
@@ -33,8 +33,8 @@ class Post:
     urls: tuple[str, ...]
     papers: tuple[str, ...]
     modules: tuple[str, ...]
-    experiment: str | None
-    config: str | None
+    experiments: tuple[str, ...]
+    configs: tuple[str, ...]
     tests: tuple[str, ...]
 
 
@@ -42,27 +42,37 @@ POSTS = (
     Post(
         slug="S01",
         title="Lion, the optimiser found by search; Tiger; embeddings that drift",
-        method="Lion, Tiger, lazy rows, accumulation, stochastic rounding, normalised gradients",
+        method="Lion, alone and by vote; Tiger; lazy rows; accumulation; stochastic rounding",
         urls=(
             "https://kexue.fm/archives/9473",
             "https://kexue.fm/archives/9512",
             "https://kexue.fm/archives/9736",
             "https://kexue.fm/archives/8634",
         ),
-        papers=("chen2023symbolic", "liang2024cautious", "yong2020gradient"),
+        papers=(
+            "chen2023symbolic",
+            "liang2024cautious",
+            "liu2024distributed",
+            "bernstein2019signsgd",
+            "ishikawa2024lioncub",
+            "yong2020gradient",
+        ),
         modules=(
             "blogjax/optim/lion.py",
             "blogjax/optim/tiger.py",
             "blogjax/optim/sparse_rows.py",
+            "blogjax/optim/majority_vote.py",
+            "blogjax/optim/per_device_state.py",
             "blogjax/optim/accumulate.py",
             "blogjax/optim/stochastic_rounding.py",
             "blogjax/optim/normalize.py",
         ),
-        experiment=None,
-        config=None,
+        experiments=(),
+        configs=(),
         tests=(
             "tests/conformance/test_optimisers.py",
             "tests/optim/test_lion.py",
+            "tests/optim/test_majority_vote.py",
             "tests/optim/test_tiger.py",
         ),
     ),
@@ -80,8 +90,8 @@ POSTS = (
             "blogjax/models/unet.py",
             "blogjax/tasks/denoising.py",
         ),
-        experiment="experiments/ddpm.py",
-        config="configs/ddpm.py",
+        experiments=("experiments/ddpm.py",),
+        configs=("configs/ddpm.py",),
         tests=("tests/diffusion/test_elbo.py", "tests/diffusion/test_gaussian_diffusion.py"),
     ),
     Post(
@@ -91,14 +101,14 @@ POSTS = (
         urls=("https://kexue.fm/archives/9164", "https://kexue.fm/archives/9181"),
         papers=("ho2020denoising", "song2021denoising"),
         modules=("blogjax/diffusion/sampling.py", "blogjax/diffusion/reverse.py"),
-        experiment="experiments/ddpm.py",
-        config="configs/ddpm.py",
+        experiments=("experiments/ddpm.py",),
+        configs=("configs/ddpm.py",),
         tests=("tests/diffusion/test_reverse.py", "tests/diffusion/test_diffusion_sampling.py"),
     ),
 )
 
 NEXT = (
-    "Lion's experiments, majority vote and benchmarks (S01)",
+    "Lion's experiments and benchmarks (S01)",
     "operations on gradients and the first adversarial task (S02, S03)",
     "multi-task learning (S04 to S06)",
 )

@@ -56,7 +56,7 @@ def nonfinite_leaves(tree: Any) -> jax.Array:
 
 
 def skip_nonfinite(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation, *, axis_name: str | tuple[str, ...] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `inner` so that a non-finite gradient changes nothing.
 
@@ -71,6 +71,9 @@ def skip_nonfinite(
 
     Args:
       inner: any transformation; extra arguments of `update` are passed on.
+      axis_name: mapped axes of which all devices skip if one must. Needed where gradients are not
+        the same on all of them, and where `inner` communicates: the devices would wait for ever
+        for those that skip.
 
     Returns:
       A transformation whose state is a `SkipNonfiniteState`.
@@ -95,6 +98,8 @@ def skip_nonfinite(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SkipNonfiniteState]:
         bad = nonfinite_leaves(updates)
+        if axis_name is not None:
+            bad = jax.lax.pmax(bad.astype(jnp.int32), axis_name) > 0
         skip = jnp.any(bad)
 
         # Closures, not operands: an extra argument may be a function. Under jit it is traced once,

@@ -40,6 +40,7 @@ def denoising_task(
     augment: Callable[[Key, jax.Array], jax.Array] | None = None,
     render_steps: int = 10,
     axis_name: str | None = None,
+    average_gradients: bool = True,
 ) -> Task:
     """Makes a task of batches with `image`, `[B, ...]` in [-1, 1], and perhaps `label`, `[B]`.
 
@@ -61,7 +62,7 @@ def denoising_task(
       augment: `augment(keys [B], images) -> images`, such as `augmentation.random_horizontal_flip`;
         applied to scaled images while training, not in evaluation.
       render_steps: steps of DDIM in a rendered sample.
-      axis_name: see `gradient_task`.
+      axis_name, average_gradients: see `gradient_task`.
 
     Returns:
       A `Task`; it evaluates `loss` and renders `samples` of the batch's labels.
@@ -128,6 +129,7 @@ def denoising_task(
         },
         render=render,
         axis_name=axis_name,
+        average_gradients=average_gradients,
     )
 
 

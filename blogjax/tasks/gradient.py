@@ -109,6 +109,7 @@ def gradient_task(
     evaluate: Callable[[Any, Any, Batch, jax.Array], Mapping[str, jax.Array]] | None = None,
     render: Callable[[Any, Any, Batch, jax.Array], dict[str, jax.Array]] | None = None,
     axis_name: str | None = None,
+    average_gradients: bool = True,
 ) -> Task:
     """Makes a task that minimises the weighted mean of a per-example loss.
 
@@ -131,14 +132,18 @@ def gradient_task(
       axis_name: the mapped axis under `pmap` or `shard_map(..., check_vma=False)`: gradients,
         metrics and batch statistics are then averaged over it (see `train.per_device`). None
         under plain `jit`, where the step sees the global batch.
+      average_gradients: False gives `tx` each device's own gradients, of which the mean is the
+        gradient of the loss, for a `tx` that communicates over `axis_name` by itself, such as
+        `distributed_lion`. Its updates must be the same on all devices. `grad_norm` is then the
+        root mean square of the devices' own norms.
 
     Returns:
       A `Task` whose state is a `GradientState`. Metrics: `loss`, those of `LossOutput`,
       `grad_norm`, `update_norm`, `param_norm`, `skipped` (so far) and a `NonfiniteLeaves`.
 
     Raises:
-      ValueError: if `ema_decay` is out of range, `init` gives no `params`, or the loss is not one
-        number per example.
+      ValueError: if `ema_decay` is out of range, `init` gives no `params`, the loss is not one
+        number per example, or there is no axis over which not to average gradients.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> def loss(params, model_state, batch, key):
@@ -151,7 +156,11 @@ def gradient_task(
     """
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-    tx = skip_nonfinite(tx)
+    if not average_gradients and axis_name is None:
+        raise ValueError(
+            "average_gradients=False needs an axis_name over which tx communicates, got None"
+        )
+    tx = skip_nonfinite(tx, axis_name=None if average_gradients else axis_name)
 
     def over_devices(tree: Any) -> Any:
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
@@ -195,7 +204,14 @@ def gradient_task(
         if taken:
             raise ValueError(f"metrics of the loss may not be called {sorted(taken)}")
         means = {name: masked_sum(values, weight) / total for name, values in out.metrics.items()}
-        mean_loss, means, grads = over_devices((mean_loss, means, grads))
+        if average_gradients:
+            mean_loss, means, grads = over_devices((mean_loss, means, grads))
+            grad_norm = global_norm(grads)
+        else:
+            mean_loss, means = over_devices((mean_loss, means))
+            devices = jax.lax.axis_size(axis_name)
+            grads = jax.tree.map(lambda g: g * devices, grads)
+            grad_norm = jnp.sqrt(over_devices_mean(jnp.square(global_norm(grads))))
         opt_state: Any
         updates, opt_state = tx.update(
             grads, state.opt_state, state.params, value=mean_loss, grad=grads
@@ -224,7 +240,7 @@ def gradient_task(
         metrics: Metrics = {
             **means,
             "loss": mean_loss,
-            "grad_norm": global_norm(grads),
+            "grad_norm": grad_norm,
             "update_norm": global_norm(updates),
             "param_norm": param_norm,
             "skipped": opt_state.skipped,

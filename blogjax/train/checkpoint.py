@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blogjax.core.per_device import map_kinds
 from blogjax.train.task import leaf_paths
 
 
@@ -287,10 +288,13 @@ class Checkpoints:
         meta = self._meta(step)
         wanted = _layout(abstract)
         if meta["layout"] != wanted:
+            own = jax.tree.leaves(map_kinds(lambda _: True, lambda _: False, abstract))
+            devices = ", or to another number of devices" if any(own) else ""
             raise CheckpointMismatchError(
                 f"checkpoint {step} in {self.folder} does not fit the state:\n"
                 + _differences(meta["layout"], wanted)
-                + "\nit belongs to another model or optimiser; use another folder for this one"
+                + f"\nit belongs to another model or optimiser{devices}; "
+                "use another folder for this one"
             )
         restored = self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(abstract))

@@ -45,12 +45,14 @@ def compile_task(task: Task, mesh: Mesh, view: View = "jit") -> Compiled:
     placed = jax.tree.map(lambda x: x.sharding, abstract)
     split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
 
-    def viewed(function: Any) -> Any:
+    def viewed(function: Any, returns_state: bool = False) -> Any:
         if task.axis_name is None or function is None:
             return function
-        return on_each_device(function, task.axis_name, mesh, view)
+        return on_each_device(
+            function, task.axis_name, mesh, view, state=abstract, returns_state=returns_state
+        )
 
-    take_step = viewed(task.step)
+    take_step = viewed(task.step, returns_state=True)
 
     def step(state: Any, batch: Any, key: jax.Array) -> Any:
         return take_step(state, batch, jax.random.fold_in(key, state.step))
@@ -68,7 +70,7 @@ def compile_task(task: Task, mesh: Mesh, view: View = "jit") -> Compiled:
 
     differing = None
     if task.axis_name is not None:
-        compare = differing_leaves(task.axis_name, mesh, view)
+        compare = differing_leaves(task.axis_name, mesh, view, abstract)
         one_each = jax.device_put(np.zeros(mesh.size, np.int32), split)
         differing = functools.partial(compare, devices=one_each)
 

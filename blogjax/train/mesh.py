@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from blogjax.core.per_device import map_kinds
 from blogjax.train.task import HostBatch
 
 AXES = ("data", "fsdp")
@@ -61,7 +62,8 @@ def state_shardings(abstract: Any, mesh: Mesh, *, min_size: int = 2**12) -> Any:
 
     The largest axis that `fsdp` divides is split, the first one among equals; leaves of fewer than
     `min_size` entries and leaves without such an axis are replicated. The choice depends on the
-    shape alone, so parameters, their moments and their average lie alike.
+    shape alone, so parameters, their moments and their average lie alike. The rows of `PerDevice`
+    leaves are split over all devices.
 
     Args:
       abstract: tree of arrays or `ShapeDtypeStruct`s.
@@ -82,7 +84,7 @@ def state_shardings(abstract: Any, mesh: Mesh, *, min_size: int = 2**12) -> Any:
             mesh, PartitionSpec(*("fsdp" if i == largest else None for i in range(largest + 1)))
         )
 
-    return jax.tree.map(choose, abstract)
+    return map_kinds(lambda _: batch_sharding(mesh), choose, abstract)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, process_count: int | None = None) -> None:

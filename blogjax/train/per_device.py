@@ -6,7 +6,8 @@ numbers are the same; what differs is who wrote the collectives, so this is the 
 that communicate themselves and for codebases built on `pmap`.
 
 Either way the functions made here take and give the global arrays of the other view: the loop,
-checkpoints and a resumed run need not know which one is in use.
+checkpoints and a resumed run need not know which one is in use. What of a state stands under a
+`core.per_device.PerDevice` exists in these views only: one row per device, split over all of them.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from blogjax.core.per_device import map_kinds, partition_specs
 from blogjax.train.checkpoint import leaf_fingerprints
 from blogjax.train.task import Task
 
@@ -68,62 +70,84 @@ def check_view(task: Task, mesh: Mesh, view: str) -> None:
         )
 
 
-def on_each_device(function: Callable[..., Any], axis: str, mesh: Mesh, view: str) -> Any:
+def on_each_device(
+    function: Callable[..., Any],
+    axis: str,
+    mesh: Mesh,
+    view: str,
+    *,
+    state: Any = None,
+    returns_state: bool = False,
+) -> Any:
     """Maps `function(state, batch, key) -> replicated` over the devices of a mesh.
 
     Args:
       function: what a device does with the state, its own rows and the key. Its results must be
-        the same on all devices, as means and sums over `axis` are.
+        the same on all devices, as means and sums over `axis` are, `PerDevice` leaves excepted.
       axis: the name it communicates over.
       mesh: where; the rows are dealt out in the order of `mesh.devices`.
       view: `"pmap"` or `"shard_map"`.
+      state: the state's shapes, which tell what of it is `PerDevice`; None where nothing is.
+      returns_state: whether the result is `(state, replicated)`.
 
     Returns:
       A function of the state, the global batch and the key, to be called under `jit`.
     """
     devices = mesh.devices.flatten()
+    whole, split = PartitionSpec(), PartitionSpec(axis)
     if view == "pmap":
+        axes = map_kinds(lambda _: 0, lambda _: None, state)
         mapped = jax.pmap(
-            function, axis, in_axes=(None, 0, None), out_axes=None, devices=list(devices)
+            function,
+            axis,
+            in_axes=(axes, 0, None),
+            out_axes=(axes, None) if returns_state else None,
+            devices=list(devices),
         )
 
-        def on_global_batch(state: Any, batch: Any, key: jax.Array) -> Any:
+        def on_global_batch(own: Any, batch: Any, key: jax.Array) -> Any:
             n = len(devices)
             rows = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
-            return mapped(state, rows, key)
+            # pmap takes the leading axis off; shard_map leaves it, of length 1.
+            out = mapped(map_kinds(lambda x: x[:, None], lambda x: x, own), rows, key)
+            if not returns_state:
+                return out
+            return map_kinds(lambda x: x[:, 0], lambda x: x, out[0]), out[1]
 
         return on_global_batch
-    whole, split = PartitionSpec(), PartitionSpec(axis)
+    specs = partition_specs(state, axis)
     # With check_vma=True jax would sum the gradients itself, and the task's own mean over them
     # would leave them too large by the number of devices, in silence.
     return jax.shard_map(
         function,
         mesh=Mesh(devices, (axis,)),
-        in_specs=(whole, split, whole),
-        out_specs=whole,
+        in_specs=(specs if state is not None else whole, split, whole),
+        out_specs=(specs, whole) if returns_state else whole,
         check_vma=False,
     )
 
 
-def differing_leaves(axis: str, mesh: Mesh, view: str) -> Callable[..., Any]:
+def differing_leaves(axis: str, mesh: Mesh, view: str, state: Any = None) -> Callable[..., Any]:
     """Returns `f(state, devices) -> bool [leaves]`: which leaves are not everywhere the same.
 
     A step that forgets to average leaves every device with a state of its own in what counts as
-    one replicated array, and nothing else would show it.
+    one replicated array, and nothing else would show it. `PerDevice` leaves may differ.
 
     Args:
       axis: as in `on_each_device`.
       mesh: likewise.
       view: likewise.
+      state: likewise.
 
     Returns:
       A jitted function; `devices` is any array with one row per device.
     """
 
-    def differ(state: Any, rows: jax.Array, key: jax.Array) -> jax.Array:
+    def differ(own: Any, rows: jax.Array, key: jax.Array) -> jax.Array:
         del rows, key
-        own = jnp.stack(leaf_fingerprints(jax.tree.leaves(state)))
-        return jax.lax.pmax(own, axis) != jax.lax.pmin(own, axis)
+        shared = jnp.array(jax.tree.leaves(map_kinds(lambda _: False, lambda _: True, own)))
+        prints = jnp.stack(leaf_fingerprints(jax.tree.leaves(own)))
+        return shared & (jax.lax.pmax(prints, axis) != jax.lax.pmin(prints, axis))
 
-    mapped = on_each_device(differ, axis, mesh, view)
-    return jax.jit(lambda state, devices: mapped(state, devices, jnp.zeros(())))
+    mapped = on_each_device(differ, axis, mesh, view, state=state)
+    return jax.jit(lambda own, devices: mapped(own, devices, jnp.zeros(())))

@@ -76,11 +76,9 @@ def table(records: Mapping[str, Any]) -> str:
     ]
     for post in catalog.POSTS:
         urls = ", ".join(f"[{u.rpartition('/')[2]}]({u})" for u in post.urls)
-        experiment, outcome = "", ""
-        if post.experiment is not None:
-            name = pathlib.Path(post.experiment).stem
-            experiment = f"[{name}]({post.experiment})"
-            outcome = _outcome(records.get(name), name)
+        names = {pathlib.Path(path).stem: path for path in post.experiments}
+        experiment = ", ".join(f"[{name}]({path})" for name, path in names.items())
+        outcome = "; ".join(_outcome(records.get(name), name) for name in names)
         files = ", ".join(_link(m) for m in post.modules)
         row = (f"{post.title} ({urls})", post.method, files, experiment, outcome)
         lines.append(f"| {' | '.join(row)} |")

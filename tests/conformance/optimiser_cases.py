@@ -11,6 +11,7 @@ import optax
 
 from blogjax.optim.accumulate import accumulate
 from blogjax.optim.lion import lion
+from blogjax.optim.majority_vote import distributed_lion
 from blogjax.optim.normalize import centralize_gradients, normalize_gradients
 from blogjax.optim.skip_nonfinite import skip_nonfinite
 from blogjax.optim.sparse_rows import lazy_rows
@@ -42,6 +43,17 @@ def tree(seed: int, dtype: Any = jnp.float32) -> Any:
     rng = np.random.default_rng(seed)
     draw = lambda shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     return jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def one_voter(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Binds the axis over which `tx` communicates, with this one device on it."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        one = jax.tree.map(lambda x: x[None], (updates, state, params))
+        out = jax.vmap(lambda args: tx.update(*args), axis_name="voters")(one)
+        return jax.tree.map(lambda x: x[0], out)
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 COPY = {"in_place": "two kernels read the old momentum, so it is copied"}
@@ -95,6 +107,13 @@ CASES = {
     "skip_nonfinite of lion": Case(
         lambda learning_rate: skip_nonfinite(lion(learning_rate)), nan="nowhere",
         fails=BRANCH | VARYING,
+    ),
+    "majority vote": Case(
+        lambda learning_rate: one_voter(distributed_lion(learning_rate, "voters")),
+        fails={
+            "in_place": "the ballots lie in buffers",
+            "per_device[shard_map]": "JAX cannot map an axis inside shard_map with check_vma=True",
+        },
     ),
     "optax.lion": Case(
         lambda learning_rate: optax.lion(learning_rate), fails=COPY | UNCHECKED | DRIFTS

@@ -24,7 +24,7 @@ ALLOWED = {
     "diffusion": METHODS,
     "metrics": METHODS,
     "data": set(),
-    "train": set(),
+    "train": {"core.per_device"},
     "tasks": {"core", "optim", "nn", "models", "diffusion", "train.task"},
 }
 USES_FLAX = {"nn", "models", "tasks"}
@@ -110,9 +110,9 @@ def test_no_file_is_longer_than_400_lines_or_has_a_nameless_name():
 
 def test_every_path_of_the_catalogue_exists():
     for post in catalog.POSTS:
-        paths = [*post.modules, *post.tests, post.experiment, post.config]
-        for path in paths:
-            assert path is None or (ROOT / path).is_file(), (post.slug, path)
+        for path in (*post.modules, *post.tests, *post.experiments, *post.configs):
+            assert (ROOT / path).is_file(), (post.slug, path)
+        assert len(post.experiments) == len(post.configs)
 
 
 def test_every_paper_of_the_catalogue_is_in_the_references():

@@ -1,0 +1,87 @@
+"""State of which every device has its own: marked in the tree, with one row per device.
+
+Under `jax.pmap` and `jax.shard_map` a step sees one device's rows of the batch and a whole copy of
+the state. Methods that keep something local, as the workers of distributed Lion keep their
+momentum, put it under a `PerDevice`: inside the mapped step its arrays are `[1, ...]`, this
+device's row; outside they are `[devices, ...]`, split over the devices like a batch.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerDevice:
+    """A part of a state that differs between devices.
+
+    Attributes:
+      rows: pytree of arrays with a leading axis, one row per device; one row inside a mapped
+        function and from an `init` outside of one.
+    """
+
+    rows: Any
+
+
+def _is_per_device(x: Any) -> bool:
+    return isinstance(x, PerDevice)
+
+
+def map_kinds(own: Any, shared: Any, tree: Any) -> Any:
+    """Applies `own` to the leaves under a `PerDevice` and `shared` to all others.
+
+    >>> tree = {"m": PerDevice([1.0, 2.0]), "w": 3.0}
+    >>> jax.tree.leaves(map_kinds(lambda x: "own", lambda x: "shared", tree))
+    ['own', 'own', 'shared']
+    """
+    return jax.tree.map(
+        lambda x: jax.tree.map(own, x) if _is_per_device(x) else shared(x),
+        tree,
+        is_leaf=_is_per_device,
+    )
+
+
+def partition_specs(tree: Any, axis_name: str | tuple[str, ...]) -> Any:
+    """How a state is handed to `jax.shard_map`: its `PerDevice` leaves split, the rest whole.
+
+    Args:
+      tree: state, or its shapes.
+      axis_name: mesh axes over which the rows are dealt out.
+
+    Returns:
+      A tree of `PartitionSpec`, for `in_specs` and `out_specs`.
+
+    >>> specs = partition_specs({"m": PerDevice(jnp.zeros((4, 2))), "w": jnp.zeros(2)}, "devices")
+    >>> specs["m"].rows == PartitionSpec("devices"), specs["w"] == PartitionSpec()
+    (True, True)
+    """
+    return map_kinds(lambda _: PartitionSpec(axis_name), lambda _: PartitionSpec(), tree)
+
+
+def spread(tree: Any, devices: int) -> Any:
+    """Gives every device the one row that an `init` made.
+
+    Args:
+      tree: state whose `PerDevice` leaves are `[1, ...]`.
+      devices: how many.
+
+    Returns:
+      The same with `[devices, ...]`, all rows equal.
+
+    Raises:
+      ValueError: if a leaf has not exactly one row.
+
+    >>> spread(PerDevice(jnp.zeros((1, 3))), 8).rows.shape
+    (8, 3)
+    """
+
+    def repeat(x: jax.Array) -> jax.Array:
+        if jnp.ndim(x) == 0 or jnp.shape(x)[0] != 1:
+            raise ValueError(f"a per-device leaf must start as one row, got shape {jnp.shape(x)}")
+        return jnp.broadcast_to(x, (devices, *x.shape[1:]))
+
+    return map_kinds(repeat, lambda x: x, tree)
