@@ -60,6 +60,8 @@ POSTS = (
         modules=(
             "blogjax/optim/lion.py",
             "blogjax/optim/tiger.py",
+            "blogjax/optim/hidden_accumulation.py",
+            "blogjax/optim/sign_power.py",
             "blogjax/optim/sparse_rows.py",
             "blogjax/optim/majority_vote.py",
             "blogjax/optim/per_device_state.py",

@@ -1,14 +1,12 @@
 """Tiger: the sign of the momentum, scaled by the size of each parameter.
 
-What: `tiger`; its parts, which compose with any transformation: a momentum that also accumulates
-  the gradients of several microbatches, rates relative to the parameters, powers between the sign
-  and the plain momentum. SGDM and Adam that accumulate without a buffer.
-Post: https://kexue.fm/archives/9512, https://kexue.fm/archives/8634 (hidden accumulation)
+What: `tiger`, and its rates relative to the parameters, which compose with any transformation. The
+  momentum that accumulates microbatches is `hidden_accumulation`'s; powers between the sign and the
+  plain momentum, which the post proposes at its end, are in `sign_power`.
+Post: https://kexue.fm/archives/9512
 Code: https://github.com/bojone/tiger
 Equations: m_t = b m_{t-1} + (1 - b) g_t; theta_t = theta_{t-1} - e_t (sign(m_t) + wd theta_{t-1});
   e_t = lr_t RMS(theta_{t-1}), for biases and gains lr_t / 2 and no decay.
-  Hidden accumulation over k microbatches, t = 0, 1, ...: the factor b only where t % k = 0, else 1;
-  g_t / k for g_t; theta moves only where (t + 1) % k = 0.
   A leaf whose gradient is not finite: m_t = m_{t-1}, theta_t = c + s (theta_{t-1} - c).
 Differences from the post: infinities count like NaN; the RMS has a floor, without which a matrix of
   zeros never trains; a leaf is told by its label, not by the name of a Keras variable.
@@ -16,7 +14,7 @@ Differences from the post: infinities count like NaN; the RMS has a floor, witho
 
 import dataclasses
 import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +24,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from blogjax.core.labels import Labels, leaf_name, resolve_labels
 from blogjax.optim import checks
+from blogjax.optim.hidden_accumulation import emit_every, hidden_momentum
+from blogjax.optim.skip_nonfinite import has_nonfinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,133 +73,6 @@ def default_labels(params: optax.Params) -> Any:
 def _rules(labels: Labels, tree: Any) -> Any:
     labels = default_labels if labels is None else labels
     return jax.tree.map(RULES.__getitem__, resolve_labels(labels, tree, RULES))
-
-
-class HiddenMomentumState(NamedTuple):
-    """State of `hidden_momentum`: which of the k microbatches comes next, and the momentum."""
-
-    position: jax.Array
-    mu: optax.Updates
-
-
-def hidden_momentum(
-    b: ArrayLike,
-    accumulate_steps: ArrayLike = 1,
-    mu_dtype: DTypeLike | None = None,
-    *,
-    keep_on_nonfinite: bool = False,
-) -> optax.GradientTransformation:
-    """Momentum that accumulates k microbatches in itself, so that no buffer is needed.
-
-    The result is `m_t`, and at the end of every k microbatches the `b m + (1 - b) g` of their mean
-    gradient g, exactly. In between it is of no use: let `emit_every` follow.
-
-    Numerics: float32 or better; the momentum keeps its dtype, and the result is the momentum as
-    stored. In bfloat16 a microbatch whose share is below half a unit in the last place of the
-    momentum is lost: for large k take `mu_dtype=float32`.
-
-    Args:
-      b: decay per k microbatches, in `[0, 1)`.
-      accumulate_steps: k.
-      mu_dtype: dtype of the momentum; None takes each parameter's own.
-      keep_on_nonfinite: leaves the momentum of a leaf as it is, bit for bit, where that leaf's
-        gradient holds NaN or infinity.
-
-    Raises:
-      ValueError, TypeError: as `tiger`.
-
-    >>> import jax.numpy as jnp
-    >>> tx = hidden_momentum(0.5, accumulate_steps=2)
-    >>> state = tx.init(jnp.zeros(1))
-    >>> _, state = tx.update(jnp.array([1.0]), state)
-    >>> tx.update(jnp.array([3.0]), state)[0].tolist()
-    [1.0]
-    """
-    checks.check_rate("b", b)
-    checks.check_mu_dtype(mu_dtype)
-    checks.check_at_least("accumulate_steps", accumulate_steps, 1)
-
-    def init_fn(params: optax.Params) -> HiddenMomentumState:
-        checks.check_floating(params)
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=mu_dtype or p.dtype), params)
-        return HiddenMomentumState(jnp.zeros((), jnp.int32), mu)
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, HiddenMomentumState]:
-        del params
-        checks.check_updates(updates, state.mu)
-        first = state.position == 0
-
-        def step(g: jax.Array, m: jax.Array) -> jax.Array:
-            dtype = jnp.result_type(g.dtype, m.dtype, jnp.float32)
-            decay = jnp.where(first, jnp.asarray(b, dtype), 1)
-            added = jnp.asarray((1 - b) / accumulate_steps, dtype) * g.astype(dtype)
-            if keep_on_nonfinite:  # 1 m - 0.0 has the bits of m, and is one kernel with the rest
-                bad = _is_bad(g)
-                decay, added = jnp.where(bad, 1, decay), jnp.where(bad, -0.0, added)
-            return (decay * m.astype(dtype) + added).astype(m.dtype)
-
-        mu = jax.tree.map(step, updates, state.mu)
-        result = jax.tree.map(
-            lambda g, m: m.astype(jnp.promote_types(g.dtype, m.dtype)), updates, mu
-        )
-        return result, HiddenMomentumState(_next(state.position, accumulate_steps), mu)
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _next(position: jax.Array, k: ArrayLike) -> jax.Array:
-    """The next place among the k; `inject_hyperparams` may have made k a float array."""
-    return (position + 1) % jnp.asarray(k).astype(position.dtype)
-
-
-def _is_bad(g: jax.Array) -> jax.Array:
-    # g - g is 0 or NaN. Its sum needs no buffer on a CPU, as `all(isfinite(g))` does.
-    return jnp.isnan(jnp.sum(g - g, dtype=jnp.float32))
-
-
-class EmitEveryState(NamedTuple):
-    """State of `emit_every`: which of the k microbatches comes next, and the inner state."""
-
-    position: jax.Array
-    inner: optax.OptState
-
-
-def emit_every(
-    accumulate_steps: ArrayLike, inner: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
-    """Lets every k-th update of `inner` through; the others become -0.0 and leave it unchanged.
-
-    So schedules inside count updates, not microbatches. For `inner` take what follows the
-    momentum: decay, scales, the learning rate. -0.0 is the number that changes no float. Extra
-    arguments are passed on.
-
-    >>> import jax.numpy as jnp, optax
-    >>> tx = emit_every(2, optax.scale(-1.0))
-    >>> first, state = tx.update(jnp.ones(1), tx.init(jnp.zeros(1)))
-    >>> second, state = tx.update(jnp.ones(1), state)
-    >>> first.tolist(), second.tolist()
-    ([-0.0], [-1.0])
-    """
-    checks.check_at_least("accumulate_steps", accumulate_steps, 1)
-    inner = optax.with_extra_args_support(inner)
-
-    def init_fn(params: optax.Params) -> EmitEveryState:
-        return EmitEveryState(jnp.zeros((), jnp.int32), inner.init(params))
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, EmitEveryState]:
-        position = _next(state.position, accumulate_steps)
-        last = position == 0
-        new, new_inner = inner.update(updates, state.inner, params, **extra_args)
-        # Selects, not a `cond`: they fuse with what produced the update and need no buffer.
-        new = jax.tree.map(lambda u: jnp.where(last, u, jnp.asarray(-0.0, u.dtype)), new)
-        new_inner = jax.tree.map(lambda a, b: jnp.where(last, a, b), new_inner, state.inner)
-        return new, EmitEveryState(position, new_inner)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def scale_by_param_rms(
@@ -286,7 +159,9 @@ def tiger(
 
     Args:
       learning_rate: relative change per step, 1e-3 to 2e-3 at its peak in the post; a number, or a
-        function of the count of updates (not of microbatches).
+        function of the count of updates (not of microbatches). The piecewise linear one of the
+        post's code is `lambda t: jnp.interp(t, counts, rates)`; of optax's, `join_schedules` can
+        rise from 0, `piecewise_interpolate_schedule`, whose values are factors, cannot.
       b: decay of the momentum, in `[0, 1)`: .965 for language, .945 for images.
       weight_decay: a number, or a function of the count of updates; not negative.
       accumulate_steps: k, microbatches per update, accumulated in the momentum.
@@ -302,7 +177,8 @@ def tiger(
       TypeError: for integer or complex leaves.
 
     >>> import jax.numpy as jnp
-    >>> tx = tiger(0.5, weight_decay=0.0)
+    >>> rate = lambda t: jnp.interp(t, jnp.array([0, 100, 400]), jnp.array([0.5, 0.1, 0.0]))
+    >>> tx = tiger(rate, weight_decay=0.0)
     >>> params = {"kernel": jnp.array([4.0, 4.0]), "bias": jnp.zeros(1)}
     >>> grads = {"kernel": jnp.array([7.0, -1.0]), "bias": jnp.ones(1)}
     >>> updates, state = tx.update(grads, tx.init(params), params)
@@ -337,63 +213,9 @@ def tiger(
 
         def replace(rule: Rule, g: jax.Array, u: jax.Array, p: jax.Array) -> jax.Array:
             towards = rate.astype(u.dtype) * (rule.center - p.astype(u.dtype))
-            return jnp.where(_is_bad(g), towards, u)
+            return jnp.where(has_nonfinite(g), towards, u)
 
         rules = _rules(param_labels, params)
         return jax.tree.map(replace, rules, updates, new, params), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
-
-
-def accumulating_sgdm(
-    learning_rate: optax.ScalarOrSchedule,
-    b: ArrayLike = 0.9,
-    *,
-    accumulate_steps: ArrayLike,
-    mu_dtype: DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """SGD with momentum `m = b m + (1 - b) g` that accumulates k microbatches without a buffer.
-
-    Exactly the steps on the mean gradients of k microbatches each. optax's momentum has no factor
-    1 - b: `optax.sgd(lr (1 - b), momentum=b)` takes the same steps. Args and errors: see `tiger`.
-
-    >>> import jax.numpy as jnp
-    >>> tx = accumulating_sgdm(1.0, 0.5, accumulate_steps=2)
-    >>> _, state = tx.update(jnp.array([1.0]), tx.init(jnp.zeros(1)))
-    >>> tx.update(jnp.array([3.0]), state)[0].tolist()
-    [-1.0]
-    """
-    return optax.chain(
-        hidden_momentum(b, accumulate_steps, mu_dtype),
-        emit_every(accumulate_steps, optax.scale_by_learning_rate(learning_rate)),
-    )
-
-
-def accumulating_adam(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    *,
-    accumulate_steps: ArrayLike,
-    mu_dtype: DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Adam that approximately accumulates k microbatches without a buffer.
-
-    Both moments take in every microbatch, with rates `1 - (1 - b) / k` so that k of them forget
-    about as much as one did; the parameters move at every k-th. The second moment is that of
-    microbatches, whose gradients are noisier than their mean, so steps are smaller where the noise
-    dominates, by up to `sqrt(k)`. Args and errors: see `tiger` and `optax.adam`.
-
-    >>> import jax.numpy as jnp
-    >>> tx = accumulating_adam(1.0, accumulate_steps=2)
-    >>> _, state = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
-    >>> tx.update(jnp.array([2.0]), state)[0].round(3).tolist()
-    [-1.0]
-    """
-    checks.check_rate("b1", b1)
-    checks.check_rate("b2", b2)
-    tail = emit_every(accumulate_steps, optax.scale_by_learning_rate(learning_rate))
-    slow1, slow2 = (1 - (1 - b) / accumulate_steps for b in (b1, b2))
-    adam = optax.scale_by_adam(slow1, slow2, eps, mu_dtype=mu_dtype)
-    return optax.chain(checks.checked(adam), tail)

@@ -10,13 +10,15 @@ import numpy as np
 import optax
 
 from blogjax.optim.accumulate import accumulate
+from blogjax.optim.hidden_accumulation import accumulating_adam, accumulating_sgdm
 from blogjax.optim.lion import lion
 from blogjax.optim.majority_vote import distributed_lion
 from blogjax.optim.normalize import centralize_gradients, normalize_gradients
+from blogjax.optim.sign_power import scale_by_sign_power
 from blogjax.optim.skip_nonfinite import skip_nonfinite
 from blogjax.optim.sparse_rows import lazy_rows
 from blogjax.optim.stochastic_rounding import stochastic_rounding
-from blogjax.optim.tiger import accumulating_adam, accumulating_sgdm, tiger
+from blogjax.optim.tiger import tiger
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,6 +86,12 @@ CASES = {
     ),
     "adam, 2 microbatches": Case(
         lambda learning_rate: accumulating_adam(learning_rate, accumulate_steps=2), period=2
+    ),
+    "sign power": Case(
+        lambda learning_rate: optax.chain(
+            scale_by_sign_power(optax.linear_schedule(1.0, 0.5, 100)),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
     ),
     "lazy rows of lion": Case(
         lambda learning_rate: lazy_rows(lion(learning_rate), lambda p: jax.tree.map(

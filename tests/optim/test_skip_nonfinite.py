@@ -126,3 +126,11 @@ def test_vmap(fault):
     alone, _ = tx.update(gradients(1), tx.init(PARAMS), PARAMS)
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], updates), alone, rtol=1e-6)
     assert state.skipped.tolist() == [0 if fault is None else 1, 0]
+
+
+def test_the_check_needs_no_buffer():
+    """For `sum(0 x)` XLA writes out a leaf of zeros, for `all(isfinite(x))` one of booleans."""
+    leaves = [jnp.ones((64, 256)), jnp.ones((128, 128))]
+    compiled = jax.jit(nonfinite_leaves).lower(leaves)
+    compiled = compiled.compile(compiler_options={"xla_backend_optimization_level": "3"})
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096
