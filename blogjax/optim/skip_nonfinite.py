@@ -5,7 +5,7 @@ What: a wrapper for any optax transformation. One NaN or infinity anywhere in th
 Post: none; a part of the base on which every post's training stands.
 Equations: finite = all_i isfinite(g_i); (u, s') = inner(g, s) if finite else (0, s).
 Differences from `optax.apply_if_finite`: it never gives up and lets a NaN through; it says which
-  leaves were at fault; under a `lax.cond` the skipped inner update is not computed.
+  leaves were at fault; where the state is donated it is updated in place, see `gating`.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+from blogjax.optim.gating import update_unless
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -78,8 +80,8 @@ def skip_nonfinite(
     the number that leaves every float as it was, -0.0 itself included.
 
     Numerics: the test is on the gradients alone; an `inner` that overflows by itself is not
-    caught. The branch is one `lax.cond` on a scalar, so nothing is selected element by element.
-    Under `vmap` a `cond` becomes a select.
+    caught. `inner` is computed also in a step that is skipped, and its result thrown away by
+    selects that are part of its own kernels; see `gating`.
 
     Args:
       inner: any transformation; extra arguments of `update` are passed on.
@@ -113,22 +115,9 @@ def skip_nonfinite(
         if axis_name is not None:
             bad = jax.lax.pmax(bad.astype(jnp.int32), axis_name) > 0
         skip = jnp.any(bad)
-
-        # Closures, not operands: an extra argument may be a function. Under jit it is traced once,
-        # though both `eval_shape` and `cond` ask for it.
-        @jax.jit
-        def take():
-            new_updates, new_inner = inner.update(updates, state.inner, params, **extra_args)
-            return new_updates, new_inner, state.skipped
-
-        # The dtypes of the zeros must be those of inner's result, which need not be the gradients'.
-        shapes = jax.eval_shape(take)[0]
-
-        def leave():
-            nothing = jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes)
-            return nothing, state.inner, state.skipped + 1
-
-        new_updates, new_inner, skipped = jax.lax.cond(skip, leave, take)
-        return new_updates, SkipNonfiniteState(skipped, bad, new_inner)
+        new_updates, new_inner = update_unless(
+            skip, lambda: inner.update(updates, state.inner, params, **extra_args), state.inner
+        )
+        return new_updates, SkipNonfiniteState(state.skipped + skip, bad, new_inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
