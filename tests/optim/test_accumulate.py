@@ -77,22 +77,6 @@ def test_bit_equal_to_the_bare_transformation_on_the_means_of_finite_gradients(f
     assert int(state.skipped) == len(faults) - faults.count(None)
 
 
-@pytest.mark.parametrize("fault", [jnp.nan, jnp.inf])
-def test_errata_multisteps_nan_is_at_once_and_for_ever(fault):
-    """MultiSteps multiplies by 0 what it should replace; here the bad microbatch is absent."""
-    bad, good = {"w": jnp.array([fault])}, {"w": jnp.array([1.0])}
-    params, history = {"w": jnp.zeros(1)}, {}
-    plain = optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation()
-    for name, tx in {"optax": plain, "ours": accumulate(optax.sgd(1.0), 2)}.items():
-        p, s, history[name] = params, tx.init(params), []
-        for g in [bad, good, good, good]:
-            u, s = tx.update(g, s, p)
-            p = optax.apply_updates(p, u)
-            history[name].append(float(p["w"][0]))
-    assert np.isnan(history["optax"]).all()
-    assert history["ours"] == [0.0, -1.0, -1.0, -2.0]
-
-
 def test_a_bad_call_under_skip_nonfinite_changes_nothing_at_all():
     """Parameters and the whole state, position in the window included, bit for bit."""
     tx = skip_nonfinite(accumulate(optax.adam(0.1), 3))
@@ -157,19 +141,6 @@ def test_sums_of_half_precision_are_kept_in_float32(dtype, size):
     assert state.sums.dtype == jnp.float32
     assert total.dtype == dtype
     assert total.tolist() == value.tolist()
-
-
-def test_errata_dtypes_drift_under_scan():
-    """float32 gradients of bfloat16 parameters turn optax's moments into float32 in step one."""
-    params = jnp.ones(2, jnp.bfloat16)
-    grads = jnp.ones((4, 2), jnp.float32)
-
-    with pytest.raises(TypeError, match="carry"):
-        scan(optax.adam(0.1), params, grads)
-    tx = accumulate(optax.adam(0.1), 2)
-    _, state = scan(tx, params, grads)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
-    assert int(state.emitted) == 2
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])

@@ -161,15 +161,6 @@ def test_without_the_rule_nan_goes_through():
     assert np.isnan(path[0]["kernel"]).tolist() == [False, True]
 
 
-def test_a_matrix_of_zeros_never_trains_without_a_floor():
-    params, grads = {"head": jnp.zeros((2, 3))}, [{"head": jnp.ones((2, 3))}] * 3
-    with pytest.warns(UserWarning, match="head is all zeros and will never train: give a floor"):
-        path, _ = path_of_steps(tiger(0.1), params, grads)
-    assert np.all(path[-1]["head"] == 0)
-    path, _ = path_of_steps(tiger(0.1, floor=0.01), params, grads)
-    np.testing.assert_allclose(path[0]["head"], -1e-3, rtol=1e-6)
-
-
 def test_the_floor_is_per_row_for_embeddings():
     params = {"embedding": jnp.array([[0.0, 0.0], [3.0, 4.0]])}
     tx = scale_by_param_rms(floor=0.5)
