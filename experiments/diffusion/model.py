@@ -16,6 +16,7 @@ from blogjax.diffusion import schedules
 from blogjax.diffusion.sampling import sample
 from blogjax.diffusion.schedules import NoiseSchedule
 from blogjax.models.unet import UNet
+from blogjax.optim.lion import lion
 from blogjax.tasks.augmentation import random_horizontal_flip
 from blogjax.tasks.denoising import Apply, denoising_task
 from blogjax.train import mesh as meshes
@@ -35,6 +36,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "ddpm": {"eta": 1.0},
     "ddpm_large": {"sigma": "hat"},
 }
+OPTIMIZERS = ("adam", "adamw", "lion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Plan:
     task: Task
     samples: Any
     num_classes: int
+    optimizer: str
 
 
 def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
@@ -65,7 +68,7 @@ def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
     schedule = SCHEDULES[config.diffusion.schedule](config.diffusion.num_steps)
     check_ranges(
         config.optim, learning_rate=(0, 10), warmup_fraction=(0, 1), b1=(0, 1), b2=(0, 1),
-        clip_norm=(1e-9, float("inf")),
+        weight_decay=(0, float("inf")), clip_norm=(1e-9, float("inf")),
     )  # fmt: skip
     _check_samples(config.sample, schedule, model.num_classes)
     task = denoising_task(
@@ -89,6 +92,7 @@ def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
         task=task,
         samples=config.sample,
         num_classes=num_classes,
+        optimizer=config.optim.name,
     )
 
 
@@ -113,7 +117,14 @@ def _check_samples(samples: Any, schedule: NoiseSchedule, num_classes: int) -> N
 
 
 def make_optimizer(optim: Any, steps: int) -> optax.GradientTransformation:
-    """Adam on clipped gradients; the rate rises linearly, then stays or falls like a cosine."""
+    """Adam, AdamW or Lion on clipped gradients; the decay is of all parameters, biases too.
+
+    The rate rises linearly, then stays or falls like a cosine.
+
+    Raises:
+      ValueError: for an unknown `name` or `schedule`, and where Adam, which has none, is given a
+        decay.
+    """
     warmup = int(optim.warmup_fraction * steps)
     if optim.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, optim.learning_rate, warmup, steps)
@@ -123,8 +134,24 @@ def make_optimizer(optim: Any, steps: int) -> optax.GradientTransformation:
     else:
         raise ValueError(f"optim.schedule must be cosine or constant, got {optim.schedule!r}")
     return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm), optax.adam(rate, b1=optim.b1, b2=optim.b2)
+        optax.clip_by_global_norm(optim.clip_norm), _make_inner_optimizer(optim, rate)
     )
+
+
+def _make_inner_optimizer(optim: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+    decay = optim.weight_decay
+    if optim.name == "adam":
+        if decay != 0:
+            raise ValueError(
+                f"optim.weight_decay is {decay}, but optim.name is 'adam', which has no decay: "
+                "take 'adamw' or 'lion'"
+            )
+        return optax.adam(rate, b1=optim.b1, b2=optim.b2)
+    if optim.name == "adamw":
+        return optax.adamw(rate, b1=optim.b1, b2=optim.b2, weight_decay=decay)
+    if optim.name == "lion":
+        return lion(rate, b1=optim.b1, b2=optim.b2, weight_decay=decay)
+    raise ValueError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, got {optim.name!r}")
 
 
 def make_init(model: UNet, image_shape: tuple[int, ...]) -> Callable[[jax.Array], Any]:

@@ -17,7 +17,7 @@ from blogjax.tasks.augmentation import random_horizontal_flip
 from blogjax.train import mesh as meshes
 from configs.ddpm import get_config
 from experiments import ddpm
-from experiments.diffusion import images, model
+from experiments.diffusion import image_claims, images, model
 from experiments.launch.configs import ConfigError, flatten
 
 SIZES = {"train": 44, "test": 36}
@@ -140,6 +140,50 @@ def test_a_constant_rate_without_warmup_is_not_zero():
     for _ in range(3):
         update, state = tx.update(np.ones(1, np.float32), state)
     assert -float(update[0]) == pytest.approx(2e-4, rel=1e-4)
+
+
+def lion_by_hand(p, g, m, v, t):
+    del t
+    return -3e-5 * (np.sign(0.9 * m + 0.1 * g) + 0.1 * p), 0.99 * m + 0.01 * g, v
+
+
+def adamw_by_hand(p, g, m, v, t):
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+    scaled = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    return -3e-4 * (scaled + 0.01 * p), m, v
+
+
+@pytest.mark.parametrize(
+    ("variant", "by_hand"), [("cifar10_lion", lion_by_hand), ("cifar10_adamw", adamw_by_hand)]
+)
+def test_the_pair_of_lions_authors(variant, by_hand):
+    """The updates of the chain against float64, every number written out once more."""
+    config, paper = get_config(variant), get_config("cifar10")
+    fields, same = (flatten(c.to_dict()) for c in (config, paper))
+    changed = {name for name in fields if fields[name] != same[name]}
+    pair = {"optim.name", "optim.learning_rate", "optim.weight_decay"}
+    assert pair <= changed <= pair | {"optim.b2"}
+    config.optim.warmup_fraction = 0.0
+    tx = model.make_optimizer(config.optim, 100)
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=50)
+    state = tx.init(params.astype(np.float32))
+    m = v = np.zeros(50)
+    for t, size in enumerate([1e2, 1e4, 1e2, 1e1], start=1):
+        g = rng.normal(size=50)
+        g *= size / np.linalg.norm(g)
+        update, state = tx.update(g.astype(np.float32), state, params.astype(np.float32))
+        expected, m, v = by_hand(params, g * min(1, 3072 / size), m, v, t)
+        # The first step of a rate that rises has rate 0.
+        np.testing.assert_allclose(update, expected * (t > 1), rtol=1e-4, atol=1e-9)
+
+
+def test_published_figures_stand_beside_what_they_are_of():
+    fid = image_claims.published_fid
+    assert fid("cifar10", "adam", "ddpm_large", 1000) == 3.17
+    assert fid("cifar10", "adam", "ddpm_large", 3) is None
+    assert fid("cifar10", "lion", "ddpm_large", 1000) is None
+    assert fid("cifar100", "adam", "ddpm_large", 1000) is None
 
 
 @pytest.fixture(scope="module")

@@ -32,10 +32,10 @@ def test_every_field_of_the_config_is_read(smoke):
 
 
 def test_variants_differ_in_values_only():
-    variants = ("default", "full", "smoke", "cifar10")
+    variants = ("default", "full", "smoke", "cifar10", "cifar10_lion", "cifar10_adamw")
     fields = {tuple(flatten(get_config(v).to_dict())) for v in variants}
     assert len(fields) == 1
-    with pytest.raises(ValueError, match="there are default, full, smoke, cifar10"):
+    with pytest.raises(ValueError, match=", ".join(variants)):
         get_config("huge")
 
 
@@ -102,6 +102,9 @@ def test_samples_do_not_depend_on_the_devices(smoke):
         ("data.splits", ("train",), r"must name train, validation, test"),
         ("data.splits", ("train", "test", "test"), r"splits of their own"),
         ("optim.b1", 1.5, r"b1 must be in \[0, 1\)"),
+        ("optim.name", "sgd", r"one of adam, adamw, lion, got 'sgd'"),
+        ("optim.weight_decay", 0.1, r"weight_decay is 0.1, but optim.name is 'adam'"),
+        ("optim.weight_decay", -0.1, r"weight_decay must be in \[0, inf\), got -0.1"),
         ("optim.warmup_fraction", -1.0, r"warmup_fraction must be in"),
         ("train.steps", 0, r"train.steps must be at least 1"),
         ("model.channels", 7, r"channels must be even"),
