@@ -98,6 +98,16 @@ def _page_faults() -> int:
     return 0
 
 
+def update(
+    tx: optax.GradientTransformation | None, params: Leaves, state: Any, grads: Leaves
+) -> tuple[Leaves, Any]:
+    """What is compiled; without a transformation the triad."""
+    if tx is None:
+        return jax.tree.map(lambda x, y: 0.5 * x + y, params, grads), state
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state  # type: ignore
+
+
 class Compiled:
     """A contender of JAX: one update of all leaves as one program, and what XLA says of it.
 
@@ -117,18 +127,12 @@ class Compiled:
     ):
         self._tx, self._start, self._grads = tx, params, grads
         self.params, self.state = self._begin()
-        jitted = jax.jit(self._update, donate_argnums=(0, 1) if donated else ())
+        jitted = jax.jit(functools.partial(update, tx), donate_argnums=(0, 1) if donated else ())
         began = time.perf_counter()
         self._program = jitted.lower(self.params, self.state, grads).compile()
         seconds = time.perf_counter() - began
         self.faults: list[float] = []
         self.facts = {**describe(self._program, params), "compile_seconds": round(seconds, 2)}
-
-    def _update(self, params: Leaves, state: Any, grads: Leaves) -> tuple[Leaves, Any]:
-        if self._tx is None:
-            return jax.tree.map(lambda x, y: 0.5 * x + y, params, grads), state
-        updates, state = self._tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state  # type: ignore
 
     def _begin(self) -> tuple[Leaves, Any]:
         params = [jnp.array(p) for p in self._start]
