@@ -1,0 +1,81 @@
+"""Panels of curves over a logarithmic axis, two in a row."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Measured points, joined.
+
+    Attributes:
+      label: for the legend; lines of one label in several panels are listed once.
+      x, y: `[n]`.
+      colour: of matplotlib.
+      mark: indices of points to ring.
+    """
+
+    label: str
+    x: np.ndarray
+    y: np.ndarray
+    colour: str
+    mark: Sequence[int] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+      title, xlabel, ylabel: texts.
+      lines: what was measured.
+      log_y: whether the vertical axis is logarithmic; the horizontal one always is.
+      curves: `{label: (x, y)}`, what a formula says, dotted.
+      levels: `{label: y}`, across the whole panel, dotted.
+      high: upper end of the vertical axis; None for all that there is.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: Sequence[Line]
+    log_y: bool = False
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+    levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    high: float | None = None
+
+
+def draw_panels(path: pathlib.Path, panels: Sequence[Panel]) -> None:
+    """Draws the panels as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10.4, 3.8 * rows), squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for line in panel.lines:
+            axis.plot(line.x, line.y, "o-", color=line.colour, label=line.label, ms=4)
+            chosen = list(line.mark)
+            axis.plot(line.x[chosen], line.y[chosen], "o", ms=10, mfc="none", color=line.colour)
+        for label, (x, y) in panel.curves.items():
+            axis.plot(x, y, color="black", ls=":", label=label)
+        for label, y in panel.levels.items():
+            axis.axhline(y, color="black", ls=":", label=label)
+        axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log")
+        if panel.log_y:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, panel.high)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
