@@ -18,8 +18,8 @@ def get_config(variant: str = "default") -> ConfigDict:
     # The same candidates for both optimisers, 4 rates and 2 decays to a power of ten.
     config.optim = ConfigDict(
         {
-            "rates": tuple(10 ** (k / 4) for k in range(-14, -1)),
-            "decays": tuple(10 ** (k / 2) for k in range(-3, 2)),
+            "rates": tuple(10 ** (k / 4) for k in range(-13, -2)),
+            "decays": tuple(10 ** (k / 2) for k in range(-4, 3)),
             "warmup_fraction": 0.1,
             "ratio": 10.0,  # from AdamW's rates to Lion's, for the claim about the rule
         }

@@ -162,17 +162,25 @@ def draw(path: pathlib.Path, config: Any, measured: list[Any]) -> None:
     """Rows by frequency and by age, rows and losses by how often a word was read."""
     from experiments.optimisers.pictures import Line, Panel, draw_panels
 
-    def line(part: str, arm: str, name: str, edges: list[int]) -> Line:
-        values = [[np.nan if v is None else v for v in m[part][arm][name]] for m in measured]
-        filled = ~np.isnan(values).all(axis=0)
-        middle = np.sqrt(np.array(edges[:-1]) * np.maximum(np.array(edges[1:]) - 1, edges[:-1]))
-        return Line(
-            NAMES[arm], middle[filled], np.nanmean(np.array(values)[:, filled], axis=0),
-            COLOURS[arm],
-        )  # fmt: skip
+    def mean(part: str, arm: str, name: str) -> np.ndarray:
+        """Over the seeds that have a value in a bin; NaN where none has."""
+        values = np.array([m[part][arm][name] for m in measured], np.float64)
+        some = ~np.isnan(values).all(axis=0)
+        means = np.full(values.shape[1], np.nan)
+        means[some] = np.nanmean(values[:, some], axis=0)
+        return means
+
+    def line(arm: str, values: np.ndarray, edges: list[int]) -> Line:
+        lower, upper = np.array(edges[:-1]), np.array(edges[1:])
+        middle = np.sqrt(lower * np.maximum(upper - 1, lower))  # of the whole numbers of a bin
+        some = ~np.isnan(values)
+        return Line(NAMES[arm], middle[some], values[some], COLOURS[arm])
+
+    def lines(part: str, name: str, edges: list[int]) -> list[Line]:
+        return [line(arm, mean(part, arm, name), edges) for arm in measured[0][part]]
 
     bins, counts = table.edges(config.table), words.count_edges()
-    in_table, in_words = measured[0]["table"], measured[0]["words"]
+    losses = {arm: mean("words", arm, "loss_by_count") for arm in measured[0]["words"]}
     rate, decay = config.table.learning_rate, config.table.weight_decay
     ages = np.geomspace(1, config.table.steps, 100)
     from_rest = table.closed_form(0.0, -1.0, ages, rate, decay)
@@ -182,24 +190,22 @@ def draw(path: pathlib.Path, config: Any, measured: list[Any]) -> None:
         [
             Panel(
                 "table: error by frequency", "rank of the row, 1 = commonest",
-                "mean |E - target|", log_y=True,
-                lines=[line("table", arm, "error_by_rank", bins.rank) for arm in in_table],
+                "mean |E - target|", lines("table", "error_by_rank", bins.rank), log_y=True,
             ),
             Panel(
-                "table: way since the last visit", "steps since the last visit",
-                "mean |E - E at the visit|", log_y=True,
-                lines=[line("table", arm, "moved_by_age", bins.age) for arm in in_table],
+                "table: distance moved since the last visit", "steps since the last visit",
+                "mean |E - E at the visit|", lines("table", "moved_by_age", bins.age), log_y=True,
                 curves={"(1 - (1 - lr wd)^n) / wd": (ages, from_rest)},
             ),
             Panel(
                 "words: size of the rows", "how often the word was read", "RMS of the row",
-                lines=[line("words", arm, "rms_by_count", counts) for arm in in_words],
+                lines("words", "rms_by_count", counts),
                 levels={f"1 / wd = {1 / limit:g}": 1 / limit},
             ),
             Panel(
-                "words: validation loss", "how often the rarest word of the context was read",
-                "nats per word",
-                lines=[line("words", arm, "loss_by_count", counts) for arm in in_words],
+                "words: validation loss above AdamW's",
+                "how often the rarest word of the context was read", "nats",
+                [line(arm, loss - losses["adamw"], counts) for arm, loss in losses.items()],
             ),
         ],
     )  # fmt: skip

@@ -5,7 +5,7 @@ Claims: Lion's learning rate is to be 3 to 10 times below AdamW's and its weight
   (the paper, arXiv 2302.06675; the post has "more than 10" for the rate); Lion is at least as good
   as AdamW, but worse in batches of less than 64, and gains with the batch size.
 How: networks with one hidden layer on 8 x 8 digits. For each batch size both optimisers try the
-  same 13 learning rates with the same 5 weight decays, for the same number of epochs, with linear
+  same 11 learning rates with the same 7 weight decays, for the same number of epochs, with linear
   warm-up and a cosine. The pair with the least validation loss, mean over the replicas, is chosen;
   test loss and accuracy are those of that pair. Nothing is chosen on the test split.
 Differences from the post: a multi-layer perceptron of 5000 weights on 1287 images instead of
@@ -174,13 +174,13 @@ def draw(path: pathlib.Path, config: Any, arms: list[Any], compared: list[Any]) 
     panels = [
         Panel(
             f"batches of {size}: validation loss", "learning rate", "nats, at the best decay",
-            lines=[by_rate(size, name) for name in NAMES], log_y=True,
+            [by_rate(size, name) for name in NAMES], log_y=True,
         )
         for size in sizes.tolist()
     ]  # fmt: skip
     tested = Panel(
         "test loss at the chosen rate and decay", "batch size", "nats",
-        lines=[by_size(name) for name in NAMES],
+        [by_size(name) for name in NAMES], ticks=sizes.tolist(),
     )  # fmt: skip
     draw_panels(path, [*panels, tested])
 

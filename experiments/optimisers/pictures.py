@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ class Line:
     """Measured points, joined.
 
     Attributes:
-      label: for the legend; lines of one label in several panels are listed once.
+      label: for the legend, which lists the labels of all panels once.
       x, y: `[n]`.
       colour: of matplotlib.
       mark: indices of points to ring.
@@ -35,7 +36,7 @@ class Panel:
       log_y: whether the vertical axis is logarithmic; the horizontal one always is.
       curves: `{label: (x, y)}`, what a formula says, dotted.
       levels: `{label: y}`, across the whole panel, dotted.
-      high: upper end of the vertical axis; None for all that there is.
+      ticks: of the horizontal axis; None for powers of ten.
     """
 
     title: str
@@ -45,7 +46,7 @@ class Panel:
     log_y: bool = False
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
     levels: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    high: float | None = None
+    ticks: Sequence[float] | None = None
 
 
 def draw_panels(path: pathlib.Path, panels: Sequence[Panel]) -> None:
@@ -57,25 +58,31 @@ def draw_panels(path: pathlib.Path, panels: Sequence[Panel]) -> None:
 
     rows = -(-len(panels) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(10.4, 3.8 * rows), squeeze=False)
+    handles: dict[str, Any] = {}
     for axis, panel in zip(axes.flat, panels, strict=False):
         for line in panel.lines:
-            axis.plot(line.x, line.y, "o-", color=line.colour, label=line.label, ms=4)
+            (handles[line.label],) = axis.plot(line.x, line.y, "o-", color=line.colour, ms=4)
             chosen = list(line.mark)
             axis.plot(line.x[chosen], line.y[chosen], "o", ms=10, mfc="none", color=line.colour)
-        for label, (x, y) in panel.curves.items():
-            axis.plot(x, y, color="black", ls=":", label=label)
-        for label, y in panel.levels.items():
-            axis.axhline(y, color="black", ls=":", label=label)
+        formulas = [
+            *(axis.plot(x, y, "k:", label=name)[0] for name, (x, y) in panel.curves.items()),
+            *(axis.axhline(y, color="k", ls=":", label=name) for name, y in panel.levels.items()),
+        ]
         axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log")
-        if panel.log_y:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(0, panel.high)
+        axis.set_yscale("log" if panel.log_y else "linear")
+        if panel.ticks is not None:
+            axis.set_xticks(panel.ticks, [f"{v:g}" for v in panel.ticks])
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False)
+        if formulas:
+            axis.legend(handles=formulas, fontsize=8, frameon=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0),
+        ncols=len(handles), frameon=False,
+    )  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

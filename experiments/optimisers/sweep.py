@@ -115,11 +115,15 @@ def _init_network(key: jax.Array, widths: Sequence[int]) -> list[dict[str, jax.A
 
 def _logits(params: list[dict[str, jax.Array]], pixels: jax.Array) -> jax.Array:
     """Of all networks: `[networks, n, 10]`."""
-    x = jnp.broadcast_to(pixels, (len(params[0]["kernel"]), *pixels.shape))
-    for i, layer in enumerate(params):
-        x = jax.nn.relu(x) if i else x
-        x = x @ layer["kernel"] + layer["bias"][:, None]
-    return x
+
+    def one(layers: list[dict[str, jax.Array]]) -> jax.Array:
+        x = pixels
+        for i, layer in enumerate(layers):
+            x = jax.nn.relu(x) if i else x
+            x = x @ layer["kernel"] + layer["bias"][None]
+        return x
+
+    return jax.vmap(one)(params)
 
 
 def _losses(params: list[dict[str, jax.Array]], pixels: jax.Array, label: jax.Array) -> jax.Array:
