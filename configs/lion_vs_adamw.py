@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 def get_config(variant: str = "default") -> ConfigDict:
     config = ConfigDict()
     config.data = ConfigDict({"batch_sizes": (16, 64, 512)})  # rising
-    config.model = ConfigDict({"hidden": (64,)})
-    # The same candidates for both optimisers, 4 rates and 2 decays to a power of ten.
+    config.model = ConfigDict({"hidden": (32,)})
+    # The same candidates for both optimisers, two to a power of ten.
     config.optim = ConfigDict(
         {
-            "rates": tuple(10 ** (k / 4) for k in range(-13, -2)),
-            "decays": tuple(10 ** (k / 2) for k in range(-4, 3)),
+            "rates": tuple(10 ** (k / 2) for k in range(-7, 0)),
+            "decays": tuple(10 ** (k / 2) for k in range(-4, 2)),
             "warmup_fraction": 0.1,
             "ratio": 10.0,  # from AdamW's rates to Lion's, for the claim about the rule
         }
@@ -27,8 +27,8 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.train = ConfigDict(
         {
             "seeds": (0,),
-            "epochs": 60.0,
-            "replicas": 3,  # networks with the same rates, over which losses are averaged
+            "epochs": 50.0,
+            "replicas": 6,  # networks with the same rates, over which losses are averaged
             "log_every": 50,
             "save_seconds": 10.0,
             "on_nonfinite": "stop",

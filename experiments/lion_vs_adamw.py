@@ -5,10 +5,10 @@ Claims: Lion's learning rate is to be 3 to 10 times below AdamW's and its weight
   (the paper, arXiv 2302.06675; the post has "more than 10" for the rate); Lion is at least as good
   as AdamW, but worse in batches of less than 64, and gains with the batch size.
 How: networks with one hidden layer on 8 x 8 digits. For each batch size both optimisers try the
-  same 11 learning rates with the same 7 weight decays, for the same number of epochs, with linear
-  warm-up and a cosine. The pair with the least validation loss, mean over the replicas, is chosen;
+  same 7 learning rates with the same 6 weight decays, for the same number of epochs, with linear
+  warm-up and a cosine. The pair with the least validation loss, mean over six replicas, is chosen;
   test loss and accuracy are those of that pair. Nothing is chosen on the test split.
-Differences from the post: a multi-layer perceptron of 5000 weights on 1287 images instead of
+Differences from the post: a multi-layer perceptron of 2400 weights on 1287 images instead of
   Transformers on millions. Lion is expected not to win on so small a network; the table says what
   was found.
 """
