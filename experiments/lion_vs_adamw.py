@@ -99,11 +99,12 @@ def claims(config: Any, compared: list[dict[int, Any]]) -> list[Claim]:
 
     def mean_ratio(above: tuple[str, str], below: tuple[str, str]) -> list[float]:
         """Geometric mean over the batch sizes, per seed."""
-        return [
-            float(np.exp(np.mean([np.log(c[above[0]][above[1]] / c[below[0]][below[1]])
-                                  for c in by_size.values()])))
-            for by_size in compared
-        ]  # fmt: skip
+        logs = [
+            np.mean([np.log(c[above[0]][above[1]] / c[below[0]][below[1]]) for c in sizes.values()])
+            for sizes in compared
+        ]
+        # Rounding keeps a ratio of candidates, 10 say, on the edge where it belongs.
+        return [round(float(np.exp(x)), 6) for x in logs]
 
     losses = [
         {size: c["lion"]["test_loss"] / c["adamw"]["test_loss"] for size, c in by_size.items()}
