@@ -111,3 +111,22 @@ def test_the_commands_of_the_readme(tmp_path):
         ["make", "train"], cwd=clone, env=environment, capture_output=True, text=True, check=True
     )
     assert "is finished" in again.stdout and "make train RUN=" in again.stdout
+
+
+@pytest.mark.parametrize("name", ["lion_embedding_drift", "lion_vs_adamw"])
+def test_a_default_run_does_not_contradict_the_published_one(tmp_path, environment, name):
+    """One seed against three: what is clear in both must be the same."""
+    published = ROOT / "docs" / "results" / name / "result.json"
+    if not published.exists():
+        pytest.skip(f"{name} is not published yet")
+    command = [
+        sys.executable, "-m", f"experiments.{name}", f"--config=configs/{name}.py",
+        f"--workdir={tmp_path}/run",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    for now, then in zip(
+        record["claims"], json.loads(published.read_text())["claims"], strict=True
+    ):
+        assert now["statement"] == then["statement"]
+        assert {now["verdict"], then["verdict"]} != {"holds", "fails"}, now["statement"]

@@ -1,0 +1,349 @@
+import collections
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import scipy.special
+from tracked_config import Tracked
+
+from blogjax.data import python_source
+from blogjax.train import mesh as meshes
+from configs import lion_embedding_drift as drift_config
+from configs import lion_vs_adamw as versus_config
+from experiments import lion_embedding_drift as drift
+from experiments import lion_vs_adamw as versus
+from experiments.launch.configs import ConfigError, flatten
+from experiments.optimisers import arms, sweep, table, words
+
+EXPERIMENTS = {
+    "drift": (drift, drift_config.get_config, "drift.png", 12),
+    "versus": (versus, versus_config.get_config, "rates.png", 7),
+}
+
+
+def run(name, config, folder):
+    """On one device: twelve tasks take twice as long to compile for eight."""
+    one = meshes.make_mesh(devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshes, "make_mesh", lambda: one)
+        return EXPERIMENTS[name][0].run(config, folder)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Both experiments, shrunk; one run of each for all tests here."""
+    runs = {}
+
+    def once(name):
+        if name not in runs:
+            folder, config = tmp_path_factory.mktemp(name), EXPERIMENTS[name][1]("smoke").lock()
+            tracked = Tracked(config)
+            runs[name] = folder, config, tracked, run(name, tracked, folder)
+        return runs[name]
+
+    return once
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_field_of_the_config_is_read(smoke, name):
+    _, config, tracked, _ = smoke(name)
+    assert set(flatten(config.to_dict())) == tracked.read
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_variants_differ_in_values_only(name):
+    get_config = EXPERIMENTS[name][1]
+    assert len({tuple(flatten(get_config(v).to_dict())) for v in ("default", "full", "smoke")}) == 1
+    with pytest.raises(ValueError, match="there are default, full, smoke"):
+        get_config("huge")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_folder_holds_what_a_run_promises(smoke, name):
+    folder, _, _, result = smoke(name)
+    _, _, picture, count = EXPERIMENTS[name]
+    assert result.pictures == [picture]
+    assert 10_000 < (folder / picture).stat().st_size < 400_000
+    assert [c.verdict for c in result.claims] == ["not judged"] * count
+    assert all(c.statement and c.source.startswith("https://") for c in result.claims)
+    assert len({(c.metric, c.statement) for c in result.claims}) == count
+    stored = sorted(folder.glob("*/*/measured.json"))
+    assert len(stored) == {"drift": 8, "versus": 4}[name]
+    for path in stored:
+        assert (path.parent / "metrics.jsonl").stat().st_size > 0
+        assert list((path.parent / "checkpoints").glob("[0-9]*"))
+    json.dumps(result.measured)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_finished_arms_are_read_back_and_an_interrupted_one_goes_on(smoke, name, monkeypatch):
+    folder, config, _, result = smoke(name)
+    arm = {"drift": "table/lion", "versus": "batch16/lion"}[name]
+    before = (folder / arm / "measured.json").read_text()
+    (folder / arm / "measured.json").unlink()  # as after a kill between training and measuring
+    trained = []
+
+    def fit(*args, workdir, **kwargs):
+        trained.append(workdir)
+        return original(*args, workdir=workdir, **kwargs)
+
+    original = arms.fit
+    monkeypatch.setattr(arms, "fit", fit)
+    again = run(name, config, folder)
+    assert trained == [folder / arm]
+    assert (folder / arm / "measured.json").read_text() == before
+    np.testing.assert_equal([c.value for c in again.claims], [c.value for c in result.claims])
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("drift", "table.steps", 0, r"table.steps must be at least 1"),
+        ("drift", "table.rows", 5, r"rows must be in \[20"),
+        ("drift", "table.min_age", 30, r"min_age must be in \[1, 30\)"),
+        ("drift", "table.weight_decay", 1e3, r"must be below 1, got 0.001 and 1000"),
+        ("drift", "table.batch_size", 12, r"batch of 12 does not divide"),
+        ("drift", "words.steps", 0, r"words.steps must be at least 1"),
+        ("drift", "words.vocabulary", 10**6, r"vocabulary is 1000000, but the training text has"),
+        ("drift", "words.classes", 65, r"words.classes must be in \[2, words.vocabulary = 64\]"),
+        ("drift", "words.rare", 5, r"rare must be in \[1, 5\)"),
+        ("drift", "words.common", 10**6, r"no common words, by words.rare = 2"),
+        ("drift", "words.adamw_rate", -1.0, r"adamw_rate must be in"),
+        ("drift", "train.seeds", (0, 0), r"train.seeds must be different numbers"),
+        ("drift", "train.log_every", 0, r"train.log_every must be at least 1"),
+        ("versus", "data.batch_sizes", (16,), r"batch_sizes must be two numbers or more"),
+        ("versus", "data.batch_sizes", (16, 8), r"rising: \[16, 8\]"),
+        ("versus", "data.batch_sizes", (8, 12), r"batch of 12 does not divide"),
+        ("versus", "model.hidden", (4, 0), r"model.hidden needs widths of at least 1"),
+        ("versus", "optim.rates", (0.1, 0.01), r"optim.rates must be two positive numbers"),
+        ("versus", "optim.decays", (0.1, 20.0), r"0.1, times .* 20, must be below 2"),
+        ("versus", "optim.ratio", 0.0, r"ratio must be in"),
+        ("versus", "optim.warmup_fraction", 1.0, r"warmup_fraction must be in \[0, 1\)"),
+        ("versus", "train.replicas", 0, r"replicas must be in"),
+        ("versus", "train.epochs", 0.0, r"epochs must be in"),
+        ("versus", "train.on_nonfinite", "ignore", r"stop or skip, got 'ignore'"),
+    ],
+)
+def test_a_config_that_cannot_be_run_says_why(tmp_path, name, field, value, message):
+    module, get_config, _, _ = EXPERIMENTS[name]
+    config = get_config("smoke")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=message):
+        module.run(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_zipf_rows_have_their_frequencies_and_hang_on_the_step_alone():
+    batches = table.ZipfRows(5, 1.5, 20_000, seed=3)
+    first = batches(7)
+    weights = np.array([1, 2, 3, 4, 5.0]) ** -1.5
+    expected = 20_000 * weights / weights.sum()
+    found = np.bincount(first["index"], minlength=5)
+    assert (np.square(found - expected) / expected).sum() < 18.5  # 99.9% of chi-square with 4
+    np.testing.assert_array_equal(batches(7)["index"], first["index"])
+    assert (batches(8)["index"] != first["index"]).any()
+    assert (table.ZipfRows(5, 1.5, 20_000, seed=4)(7)["index"] != first["index"]).any()
+
+
+def test_the_closed_form_is_the_recurrence():
+    before, sign, rate, decay = np.array([0.3, -2.0, 0.0]), np.array([1.0, -1.0, 0.0]), 0.01, 0.7
+    row = before
+    for n in range(1, 1001):
+        row = row - rate * (sign + decay * row)
+        if n in (1, 10, 1000):
+            found = table.closed_form(before, sign, n, rate, decay)
+            np.testing.assert_allclose(found, row, rtol=1e-10, atol=1e-15)
+
+
+def test_the_tables_figures_are_those_of_a_plain_loop(smoke):
+    """Lion and lazy Lion written out in numpy, on the rows of the smoke config."""
+    folder, config, _, _ = smoke("drift")
+    t, seed = config.table, config.train.seeds[0]
+    wanted = table.targets(t, seed).astype(np.float64)
+    batches = table.ZipfRows(t.rows, t.exponent, t.batch_size, seed)
+    for arm in ("lion", "lazy"):
+        row, m, before = (np.zeros_like(wanted) for _ in range(3))
+        last = np.full(t.rows, -1)
+        for step in range(t.steps):
+            index = batches(step)["index"]
+            g = np.zeros_like(row)
+            np.add.at(g, index, (row - wanted)[index] / t.batch_size)
+            before[index], last[index] = row[index], step
+            move = np.sign(0.9 * m + 0.1 * g) + t.weight_decay * row
+            seen = np.isin(np.arange(t.rows), index)[:, None] | (arm == "lion")
+            row = np.where(seen, row - t.learning_rate * move, row)
+            m = np.where(seen, 0.99 * m + 0.01 * g, m)
+        found = json.loads((folder / "table" / arm / "measured.json").read_text())
+        error = np.abs(row - wanted).mean(axis=1)
+        np.testing.assert_allclose(
+            [found["max"], found["head_error"], found["tail_error"], found["max_target"]],
+            [abs(row).max(), error[:4].mean(), error[20:].mean(), abs(wanted).max()], rtol=1e-5,
+        )  # fmt: skip
+        np.testing.assert_allclose(found["error_by_rank"][0], error[0], rtol=1e-5)
+        ages, bins = t.steps - 1 - last, table.edges(t).age
+        moved = abs(row - before).mean(axis=1)
+        for low, high, value in zip(bins[:-1], bins[1:], found["moved_by_age"], strict=True):
+            chosen = moved[(last >= 0) & (ages >= low) & (ages < high)]
+            assert (value is None) == (chosen.size == 0)
+            if chosen.size:
+                np.testing.assert_allclose(value, chosen.mean(), rtol=1e-5)
+        long = (last >= 0) & (ages >= t.min_age)
+        left = (1 - t.learning_rate * t.weight_decay) ** (ages + 1.0)[long, None]
+        end = left * before[long] - np.sign(m[long]) * (1 - left) / t.weight_decay
+        apart = (abs(row[long] - end) / abs(end - before[long])).max()
+        np.testing.assert_allclose(found["closed_form"], apart, rtol=1e-2)
+
+
+def test_words_are_numbered_by_frequency_and_counted_as_read():
+    config = drift_config.get_config("smoke").words
+    corpus = words.read(config)
+    text = bytes(python_source.load("train")[: config.max_bytes])
+    found = [w.encode() for w in re.findall(r"[A-Za-z_]\w*|\d+|[^\w\s]", text.decode("latin-1"))]
+    counts = collections.Counter(found)
+    number = {
+        word: i + 1 for i, word in enumerate(sorted(counts, key=lambda w: (-counts[w], w))[:63])
+    }
+    expected = [number.get(word, 0) for word in found]
+    assert corpus.train.shape == (len(found) - 2, 3)
+    np.testing.assert_array_equal(corpus.train[:, 0], expected[:-2])
+    np.testing.assert_array_equal(corpus.train[:, 2], expected[2:])
+
+    batches, read = words.make_batches(corpus, config, 1), collections.Counter()
+    for step in range(config.steps):
+        read.update(batches(step)["words"][:, :2].ravel().tolist())
+    counted = words.times_read(corpus, config, 1)
+    assert counted.tolist() == [read[i] for i in range(64)]
+
+
+def test_losses_after_rare_words_are_told_apart():
+    config = drift_config.get_config("smoke").words
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 64, (300, 3)).astype(np.int32)
+    counts = rng.integers(0, 12, 64)
+    params = {
+        "embedding": rng.normal(size=(64, 2)),
+        "hidden": {"kernel": rng.normal(size=(4, 4)), "bias": rng.normal(size=4)},
+        "output": {"kernel": rng.normal(size=(4, 8)), "bias": rng.normal(size=8)},
+    }
+    x = params["embedding"][rows[:, :2]].reshape(300, 4)
+    x = np.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    logp = scipy.special.log_softmax(
+        x @ params["output"]["kernel"] + params["output"]["bias"], axis=1
+    )
+    target = np.where(rows[:, 2] < 8, rows[:, 2], 0)
+    loss = -logp[np.arange(300), target]
+    known = (rows[:, :2] > 0).all(axis=1)
+    least = counts[rows[:, :2]].min(axis=1)
+    rare, common = (known & (least >= 1) & (least <= 2)), known & (least >= 5)
+
+    class State:
+        pass
+
+    State.params = jax.tree.map(lambda a: a.astype(np.float32), params)
+    found = words.measure(config, State, words.Corpus(rows, rows), counts)
+    expected = {"all": loss.mean(), "rare": loss[rare].mean(), "common": loss[common].mean()}
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["loss_by_count"][0] == pytest.approx(loss[known & (least == 1)].mean(), rel=1e-5)
+    assert found["rare_share"] == pytest.approx(rare.mean())
+    some = [i for i in range(1, 64) if 1 <= counts[i] <= 2]
+    assert found["rare_words"] == len(some)
+    rms = np.sqrt(np.square(params["embedding"][some]).mean())
+    assert found["rms"]["rare"] == pytest.approx(rms, rel=1e-5)
+    assert found["max_rare"] == pytest.approx(abs(params["embedding"][some]).max(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "lion"])
+def test_networks_of_a_sweep_train_as_if_alone(optimiser):
+    """Each against one network, its optimiser and schedule written out in numpy."""
+    config = versus_config.get_config("smoke")
+    steps, data = 6, sweep.load("validation")
+    task, batches = sweep.make_task(config, optimiser, steps), sweep.make_batches(data, 8, 0)
+    state = jax.jit(task.init)(jax.random.key(0))
+    first, step_once = jax.device_get(state.params), jax.jit(task.step)
+    for step in range(steps):
+        state, _ = step_once(state, batches(step), jax.random.key(1))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, batch):
+        x = jax.nn.relu(batch["pixels"] @ params[0]["kernel"] + params[0]["bias"][None])
+        logits = x @ params[1]["kernel"] + params[1]["bias"][None]
+        return -jax.nn.log_softmax(logits)[np.arange(8), batch["label"]].mean()
+
+    replicas = config.train.replicas
+    pairs = [(r, d) for r in config.optim.rates for d in config.optim.decays]
+    assert len(first[0]["kernel"]) == replicas * len(pairs)
+    for network in (0, 3, 7, 10):
+        rate, decay = pairs[network // replicas]
+        tree = jax.tree.map(lambda x, n=network: x[n].astype(np.float64), first)
+        leaves, structure = jax.tree.flatten(tree)
+        m, v = [0.0] * len(leaves), [0.0] * len(leaves)
+        for step in range(steps):
+            # Warm-up over round(.1 steps) = 1 step from 0, then half a cosine over the other 5.
+            rise = 0.0 if step == 0 else (1 + np.cos(np.pi * (step - 1) / 5)) / 2
+            tree = jax.tree.unflatten(structure, [x.astype(np.float32) for x in leaves])
+            grads = jax.tree.leaves(jax.device_get(gradient(tree, batches(step))))
+            for i, g in enumerate(np.asarray(g, np.float64) for g in grads):
+                if optimiser == "lion":
+                    u = np.sign(0.9 * m[i] + 0.1 * g)
+                    m[i] = 0.99 * m[i] + 0.01 * g
+                else:
+                    m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g * g
+                    n = step + 1
+                    u = m[i] / (1 - 0.9**n) / (np.sqrt(v[i] / (1 - 0.999**n)) + 1e-8)
+                leaves[i] = leaves[i] - rise * rate * (u + decay * leaves[i])
+        mine = jax.tree.leaves(jax.tree.map(lambda x, n=network: x[n], state.params))
+        for a, b in zip(mine, leaves, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3 * rate)
+    for leaf in jax.tree.leaves(first):
+        np.testing.assert_array_equal(leaf[1], leaf[1 + replicas])  # one start for all rates
+    assert (first[0]["kernel"][0] != first[0]["kernel"][1]).any()
+
+
+def test_rates_are_chosen_on_validation_and_judged_on_test():
+    config = versus_config.get_config("smoke")  # rates 1e-3, 1e-2, 1e-1; decays .1, 1
+    ones = np.ones((3, 2))
+
+    def made(validation, test, accuracy):
+        # `validation` and `test` name the pair where that split's loss is least.
+        split = {"validation": ones.copy(), "test": 2 * ones}
+        split["validation"][validation] = 0.5
+        split["test"][test] = 0.1
+        split["test"][validation] = 0.7 if accuracy > 0.9 else 1.4
+        return {k: {"loss": v.tolist(), "accuracy": (accuracy * ones).tolist()}
+                for k, v in split.items()}  # fmt: skip
+
+    measured = {"adamw": made((2, 0), (0, 0), 0.95), "lion": made((1, 1), (0, 1), 0.85)}
+    found = versus.compare(config, measured)
+    assert (found["adamw"]["rate"], found["adamw"]["decay"]) == (0.1, 0.1)
+    assert (found["lion"]["rate"], found["lion"]["decay"]) == (0.01, 1.0)
+    assert (found["adamw"]["test_loss"], found["lion"]["test_loss"]) == (0.7, 1.4)
+    assert found["lion_at_adamw_rates"]["test_loss"] == 2.0
+    assert found["lion_by_rule"]["test_loss"] == 1.4  # a tenth of .1, ten times .1
+    config.judge = True
+    other = {**found, "lion": {**found["lion"], "test_loss": 0.35, "test_accuracy": 0.96}}
+    claims = versus.claims(config, [{8: found, 16: other}])
+    values = [10.0, 10.0, 2 / 1.4, 2.0, 0.5, 1.0, 4.0]
+    np.testing.assert_allclose([c.value for c in claims], values, rtol=1e-6)
+
+
+def test_the_drifts_ratios_by_hand():
+    def arm(rare, common, loss, **more):
+        return {"rms": {"rare": rare, "common": common}, "loss": {"all": 3.0, "rare": loss},
+                "max_rare": 0.5, **more}  # fmt: skip
+
+    def row(high, head, tail):
+        return {"max": high, "head_error": head, "tail_error": tail, "closed_form": None}
+
+    measured = {
+        "table": {"adamw": row(2, 4, 1), "lion": row(20, 4, 30), "lazy": row(3, 2, 2)},
+        "words": {
+            "adamw": arm(1, 4, 2.0), "lion": arm(6, 2, 2.2), "tiger": arm(4, 2, 9.0),
+            "lazy": arm(2, 4, 1.8), "hybrid": arm(1, 8, 2.04),
+        },
+    }  # fmt: skip
+    values = [c.value for c in drift.claims([measured], 2.0, True)]
+    expected = [10, 30, np.nan, 1.5, 2, 0.5, 1.0, 2, 0.5, 1, 1.1, 1.02]
+    np.testing.assert_allclose(values, expected)
