@@ -200,7 +200,7 @@ def draw(path: pathlib.Path, config: Any, measured: list[Any]) -> None:
             Panel(
                 "words: size of the rows", "how often the word was read", "RMS of the row",
                 lines("words", "rms_by_count", counts),
-                levels={f"1 / wd = {1 / limit:g}": 1 / limit},
+                levels={f"1 / wd of Lion = {1 / limit:g}": 1 / limit},
             ),
             Panel(
                 "words: validation loss above AdamW's",
