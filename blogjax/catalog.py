@@ -76,6 +76,7 @@ POSTS = (
             "tests/optim/test_lion.py",
             "tests/optim/test_majority_vote.py",
             "tests/optim/test_tiger.py",
+            "tests/optim/test_errata.py",
         ),
     ),
     Post(

@@ -24,13 +24,14 @@ class Case:
     """How to make a task, given the optimiser and the mapped axis, and what to feed it.
 
     `poison` names an array whose NaN reaches the loss; `rows_interact`: one example's loss depends
-    on the others, as with batch statistics.
+    on the others, as with batch statistics; `slow`: left to `make slow`.
     """
 
     make: Callable[[optax.GradientTransformation, str | None], Task]
     arrays: dict[str, np.ndarray]
     poison: str = "x"
     rows_interact: bool = False
+    slow: bool = False
 
     def batches(self, size: int = 16) -> Batches:
         return Batches(self.arrays, size, seed=3)
@@ -106,7 +107,42 @@ def batch_norm_regression(tx: optax.GradientTransformation, axis_name: str | Non
     )  # fmt: skip
 
 
+class _Denoiser(nn.Module):
+    """What `denoising_task` asks of a network, and no more."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, label: jax.Array, train: bool) -> jax.Array:
+        known = jnp.concatenate([jax.nn.one_hot(label, 3), t[:, None] / 20], axis=1)
+        hidden = nn.Dense(16)(x.reshape(len(x), -1)) + nn.Dense(16)(known)
+        hidden = nn.Dropout(0.3, deterministic=not train)(jnp.tanh(hidden))
+        return nn.Dense(16)(hidden).reshape(x.shape)
+
+
 def denoising(tx: optax.GradientTransformation, axis_name: str | None = None) -> Task:
+    """A network of two layers, with dropout by each example's own key."""
+    model = _Denoiser()
+
+    def init(key):
+        x, label = jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, jnp.int32)
+        return model.init(key, x, jnp.ones(1, jnp.int32), label, train=False)
+
+    def apply(params, x, t, label, keys):
+        def one(x, t, label, key):
+            inputs = (x[None], t[None], label[None])
+            rngs = {"dropout": key}
+            return model.apply({"params": params}, *inputs, train=True, rngs=rngs)[0]
+
+        if keys is None:
+            return model.apply({"params": params}, x, t, label, train=False)
+        return jax.vmap(one)(x, t, label, keys)
+
+    return denoising_task(
+        init, apply, linear_beta_schedule(20), tx, ema_decay=0.9, render_steps=2,
+        axis_name=axis_name,
+    )  # fmt: skip
+
+
+def denoising_by_unet(tx: optax.GradientTransformation, axis_name: str | None = None) -> Task:
     """A tiny U-Net as experiments/ddpm.py trains it, with dropout."""
     model = UNet(channels=4, multipliers=(1,), num_blocks=1, num_classes=3, dropout=0.3)
     return denoising_task(
@@ -125,4 +161,5 @@ CASES = {
     "noisy_regression": Case(noisy_regression, _regression_data()),
     "batch_norm_regression": Case(batch_norm_regression, _regression_data(), rows_interact=True),
     "denoising": Case(denoising, _image_data(), poison="image"),
+    "denoising by a U-Net": Case(denoising_by_unet, _image_data(), poison="image", slow=True),
 }

@@ -15,7 +15,13 @@ from blogjax.train.loop import fit
 from blogjax.train.reporting import read_metrics
 from blogjax.train.state import abstract_state, init_state
 
-pytestmark = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+pytestmark = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * case.slow)
+        for name, case in CASES.items()
+    ],
+)
 
 
 def start(task, mesh, seed=0):

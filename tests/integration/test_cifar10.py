@@ -249,6 +249,7 @@ def test_memory_and_grain_give_the_same_losses(run, folder, tmp_path):
     assert memory == grain
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_low_and_keeps_high(run, folder):
     """The same first loss to bfloat16's precision, with parameters and moments in float32."""
     config = small(folder, **{"model.dtype": "bfloat16"})

@@ -141,6 +141,7 @@ def test_a_per_device_view_does_not_split_parameters(tmp_path):
         ddpm.run(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_views_losses_are_equal(tmp_path, monkeypatch):
     """The smoke config on 8 devices; SGD, since Adam would hide a wrong scale of gradients."""
     monkeypatch.setattr(model, "make_optimizer", lambda optim, steps: optax.sgd(1e-3))

@@ -71,7 +71,8 @@ def test_multisteps_nan(fault):
 
 KEEP = {
     "lion": (lion(0.1), BF16),
-    "adam, 2 microbatches": (accumulating_adam(0.1, accumulate_steps=2), BF16),
+    # The second moment is wide by design.
+    "adam, 2 microbatches": (accumulating_adam(0.1, accumulate_steps=2), BF16, jnp.float32),
     "accumulate": (accumulate(optax.adam(0.1), 2), BF16),
     "stochastic rounding of adam": (
         stochastic_rounding(optax.adam(0.1), jax.random.key(0)), jnp.float32,
@@ -95,14 +96,14 @@ def test_bf16_momentum_drifts_to_float32_under_scan(tx):
 
 @pytest.mark.parametrize("name", KEEP)
 def test_bf16_momentum_stays_under_scan(name):
-    tx, dtype = KEEP[name]
+    tx, *dtypes = KEEP[name]
     params = jnp.ones(4, BF16)
     after, state = scan(tx, params, jnp.ones((4, 4)))
     assert after.dtype == BF16 and np.all(after < 1)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
     state = state.inner if name == "accumulate" else state
     moments = {x.dtype for x in jax.tree.leaves(state) if x.shape == (4,)}
-    assert moments == {jnp.dtype(dtype)}
+    assert moments == set(map(jnp.dtype, dtypes))
 
 
 def test_frozen_bf16_weights():
