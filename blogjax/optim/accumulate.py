@@ -172,8 +172,8 @@ def accumulate(
         return new_updates, AccumulateState(
             calls=jnp.where(last, 0, state.calls + 1),
             finite=jnp.where(last, 0, finite),
-            emitted=state.emitted + emits,
-            skipped=state.skipped + ~good,
+            emitted=jnp.where(emits, optax.safe_increment(state.emitted), state.emitted),
+            skipped=jnp.where(good, state.skipped, optax.safe_increment(state.skipped)),
             nonfinite_leaves=bad,
             sums=sums,
             inner=new_inner,

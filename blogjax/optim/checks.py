@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from blogjax.core.labels import leaf_name
 
@@ -47,13 +46,29 @@ def check_at_least(name: str, value: Any, least: float) -> None:
     Raises:
       ValueError: as said.
 
-    >>> check_at_least("accumulate_steps", 0, 1)
+    >>> check_at_least("weight_decay", -1, 0)
     Traceback (most recent call last):
         ...
-    ValueError: accumulate_steps is 0, but must be at least 1
+    ValueError: weight_decay is -1, but must be at least 0
     """
     if _is_number(value) and not value >= least:
         raise ValueError(f"{name} is {value}, but must be at least {least}")
+
+
+def check_steps(name: str, value: Any) -> None:
+    """Raises unless `value` is a whole number of at least 1; JAX arrays pass, as in `check_rate`.
+
+    Raises:
+      ValueError: as said.
+
+    >>> check_steps("accumulate_steps", 2.5)
+    Traceback (most recent call last):
+        ...
+    ValueError: accumulate_steps is 2.5, but must be a whole number
+    """
+    if _is_number(value) and not value % 1 == 0:
+        raise ValueError(f"{name} is {value}, but must be a whole number")
+    check_at_least(name, value, 1)
 
 
 def check_fraction(name: str, value: Any) -> None:
@@ -195,40 +210,3 @@ def require_params(params: Any, name: str) -> Any:
     if params is None:
         raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")
     return params
-
-
-def checked(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Gives a transformation of optax the checks of this module, and a state of fixed dtypes.
-
-    Leaves, shapes and structure are checked; an `update` without parameters is not. Moments keep
-    the dtype they were made with, also where float32 gradients meet bfloat16 parameters.
-
-    Args:
-      inner: any transformation; extra arguments are passed on.
-
-    Raises:
-      TypeError, ValueError: as `check_floating` in `init`, as `check_updates` in `update`.
-
-    >>> import jax.numpy as jnp, optax
-    >>> params = {"w": jnp.ones(3)}
-    >>> tx = checked(optax.adam(0.1))
-    >>> tx.update({"w": jnp.ones((1, 3))}, tx.init(params), params)
-    Traceback (most recent call last):
-        ...
-    ValueError: gradient w has shape (1, 3), but parameter w has shape (3,)
-    """
-    inner = optax.with_extra_args_support(inner)
-
-    def init_fn(params: optax.Params) -> optax.OptState:
-        check_floating(params)
-        return inner.init(params)
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        if params is not None:
-            check_updates(updates, params)
-        new, new_state = inner.update(updates, state, params, **extra_args)
-        return new, jax.tree.map(lambda x, old: x.astype(old.dtype), new_state, state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

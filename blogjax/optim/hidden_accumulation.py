@@ -21,6 +21,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from blogjax.optim import checks
+from blogjax.optim.gating import update_unless
 from blogjax.optim.skip_nonfinite import has_nonfinite
 
 
@@ -66,7 +67,7 @@ def hidden_momentum(
     """
     checks.check_rate("b", b)
     checks.check_mu_dtype(mu_dtype)
-    checks.check_at_least("accumulate_steps", accumulate_steps, 1)
+    checks.check_steps("accumulate_steps", accumulate_steps)
 
     def init_fn(params: optax.Params) -> HiddenMomentumState:
         checks.check_floating(params)
@@ -105,9 +106,8 @@ def _take_in(
     dtype = jnp.result_type(x.dtype, moment.dtype, jnp.float32)
     decay = jnp.where(first, jnp.asarray(b, dtype), 1)
     added = jnp.asarray((1 - b) / k, dtype) * x.astype(dtype)
-    if keep is not None:  # 1 m - 0.0 has the bits of m, and is one kernel with the rest
-        decay, added = jnp.where(keep, 1, decay), jnp.where(keep, -0.0, added)
-    return (decay * moment.astype(dtype) + added).astype(moment.dtype)
+    new = (decay * moment.astype(dtype) + added).astype(moment.dtype)
+    return new if keep is None else jnp.where(keep, moment, new)
 
 
 def _next(position: jax.Array, k: ArrayLike) -> jax.Array:
@@ -138,7 +138,7 @@ def emit_every(
     >>> first.tolist(), second.tolist()
     ([-0.0], [-1.0])
     """
-    checks.check_at_least("accumulate_steps", accumulate_steps, 1)
+    checks.check_steps("accumulate_steps", accumulate_steps)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> EmitEveryState:
@@ -148,11 +148,11 @@ def emit_every(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, EmitEveryState]:
         position = _next(state.position, accumulate_steps)
-        last = position == 0
-        new, new_inner = inner.update(updates, state.inner, params, **extra_args)
-        # Selects, not a `cond`: they fuse with what produced the update and need no buffer.
-        new = jax.tree.map(lambda u: jnp.where(last, u, jnp.asarray(-0.0, u.dtype)), new)
-        new_inner = jax.tree.map(lambda a, b: jnp.where(last, a, b), new_inner, state.inner)
+        new, new_inner = update_unless(
+            position != 0,
+            lambda: inner.update(updates, state.inner, params, **extra_args),
+            state.inner,
+        )
         return new, EmitEveryState(position, new_inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -38,7 +38,8 @@ def _zero_or_nan(x: jax.Array) -> jax.Array:
         return jnp.zeros((), jnp.float32)
     # x - x is 0 where x is finite and NaN elsewhere. On a CPU its sum needs no buffer, as 0 x and
     # `all(isfinite(x))` do, and compiles faster than the latter.
-    return jnp.sum(x - x).real.astype(jnp.float32)
+    total = jnp.sum(x - x)
+    return (total.real + total.imag).astype(jnp.float32)
 
 
 def has_nonfinite(x: jax.Array) -> jax.Array:
@@ -81,7 +82,8 @@ def skip_nonfinite(
 
     Numerics: the test is on the gradients alone; an `inner` that overflows by itself is not
     caught. `inner` is computed also in a step that is skipped, and its result thrown away by
-    selects that are part of its own kernels; see `gating`.
+    selects that are part of its own kernels; see `gating`. Average gradients over devices before:
+    the test knows no axis name.
 
     Args:
       inner: any transformation; extra arguments of `update` are passed on.
@@ -118,6 +120,7 @@ def skip_nonfinite(
         new_updates, new_inner = update_unless(
             skip, lambda: inner.update(updates, state.inner, params, **extra_args), state.inner
         )
-        return new_updates, SkipNonfiniteState(state.skipped + skip, bad, new_inner)
+        skipped = jnp.where(skip, optax.safe_increment(state.skipped), state.skipped)
+        return new_updates, SkipNonfiniteState(skipped, bad, new_inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -153,7 +153,8 @@ def tiger(
     moves its parameters towards their centre, 1 for gains and 0 for the rest, at the k-th
     microbatch as at any other. Other leaves go on as always.
 
-    Numerics: float32 or better. Parameters and momentum are updated in place where they are
+    Numerics: momentum and RMS are computed in float32 or better, the rest in the dtype to which
+    gradient and momentum promote. Parameters and momentum are updated in place where they are
     donated. All-float16 or bfloat16 training is in range, as the post says, but not in resolution:
     a step below half a unit in the last place is lost. See `stochastic_rounding`.
 

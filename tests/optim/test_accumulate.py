@@ -299,3 +299,12 @@ def test_bad_trees_are_refused_by_name():
         tx.init({"n": jnp.arange(3)})
     with pytest.raises(TypeError, match="accumulator_dtype"):
         accumulate(optax.sgd(0.1), 2, accumulator_dtype=jnp.int32)
+
+
+def test_counting_ends_at_the_largest_number():
+    tx = accumulate(optax.sgd(0.1), lambda emitted: jnp.where(emitted < 0, 9, 1))
+    state = tx.init(PARAMS)
+    state = state._replace(emitted=jnp.int32(2**31 - 1), skipped=jnp.int32(2**31 - 1))
+    for fault in (None, jnp.nan):
+        _, state = tx.update(gradients(0, fault), state, PARAMS)
+    assert state.emitted == state.skipped == 2**31 - 1

@@ -143,7 +143,35 @@ def test_extra_arguments_reach_the_wrapped_transformation():
     assert u.tolist() == [3.0]
 
 
+def test_a_key_in_the_inner_state_waits_too():
+    """As itself, and where keys are checked for being used twice."""
+    noise = optax.add_noise(1.0, 0.5, key=jax.random.key(0))
+    alone, state = noise.update(jnp.zeros(3), noise.init(jnp.zeros(3)))
+    again, _ = noise.update(jnp.zeros(3), state)
+    noise = optax.add_noise(1.0, 0.5, key=jax.random.key(0))
+    tx = emit_every(2, noise)
+    state, seen = tx.init(jnp.zeros(3)), []
+    update = jax.jit(tx.update)
+    for _ in range(4):
+        u, state = update(jnp.zeros(3), state)
+        seen.append(u)
+    np.testing.assert_allclose(seen[1], alone, rtol=1e-6)
+    np.testing.assert_allclose(seen[3], again, rtol=1e-6)
+
+
+def test_a_momentum_that_is_kept_is_kept_to_the_last_bit():
+    """Also where the hardware flushes small results to zero."""
+    tx = hidden_momentum(0.9, keep_on_nonfinite=True)
+    mu = jnp.asarray(np.array([1e-40, -1e-45, -0.0, 1.0], np.float32))
+    state = tx.init(mu)._replace(mu=mu)
+    _, after = jax.jit(tx.update)(jnp.array([jnp.nan, 1, 1, 1]), state)
+    assert np.asarray(after.mu).tobytes() == np.asarray(mu).tobytes()
+
+
 @pytest.mark.parametrize(("call", "match"), [
+    (lambda: hidden_momentum(0.9, 1.5), "accumulate_steps is 1.5, but must be a whole number"),
+    (lambda: emit_every(2.5, optax.identity()), "accumulate_steps is 2.5"),
+    (lambda: accumulating_adam(0.1, accumulate_steps=float("nan")), "accumulate_steps is nan"),
     (lambda: emit_every(0, optax.identity()), "accumulate_steps is 0, but must be at least 1"),
     (lambda: hidden_momentum(0.9, 0), "accumulate_steps is 0"),
     (lambda: hidden_momentum(1.0), r"b is 1.0, but must lie in \[0, 1\)"),

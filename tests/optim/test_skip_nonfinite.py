@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optimiser_steps import run_steps
 
-from blogjax.optim.skip_nonfinite import nonfinite_leaves, skip_nonfinite
+from blogjax.optim.skip_nonfinite import (
+    SkipNonfiniteState,
+    nonfinite_leaves,
+    skip_nonfinite,
+)
 
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": {"c": jnp.array([[0.5]])}}
 BAD = [jnp.nan, jnp.inf, -jnp.inf]
@@ -65,6 +69,8 @@ def test_the_leaves_at_fault_are_named_and_forgotten_after_a_good_step():
 def test_every_leaf_counts():
     tree = {"f": jnp.ones(2), "i": jnp.arange(3), "n": jnp.array(jnp.inf), "z": jnp.array(1 + 0j)}
     assert nonfinite_leaves(tree).tolist() == [False, False, True, False]
+    tree = [jnp.array(complex(1, np.inf)), jnp.array(complex(np.nan, 1)), jnp.zeros((0, 2))]
+    assert nonfinite_leaves(tree).tolist() == [True, True, False]
     assert nonfinite_leaves({}).shape == (0,)
 
 
@@ -111,3 +117,57 @@ def test_the_check_needs_no_buffer():
     compiled = jax.jit(nonfinite_leaves).lower(leaves)
     compiled = compiled.compile(compiler_options={"xla_backend_optimization_level": "3"})
     assert compiled.memory_analysis().temp_size_in_bytes < 4096
+
+
+def test_counting_ends_at_the_largest_number():
+    tx = skip_nonfinite(optax.sgd(0.1))
+    state = tx.init(PARAMS)._replace(skipped=jnp.int32(2**31 - 1))
+    assert tx.update(poison(gradients(0), jnp.nan), state, PARAMS)[1].skipped == 2**31 - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [
+    "lbfgs", "adafactor", "muon", "schedule_free", "multisteps", "noisy_sgd", "reduce_on_plateau",
+    "masked",
+])  # fmt: skip
+def test_any_optimiser_of_optax(name):
+    """With loops, branches, keys, functions as arguments and leaves that are masked away."""
+    loss = lambda p: jnp.sum((p["a"] - 2) ** 2) + jnp.sum(jnp.sin(p["b"]["c"]))  # noqa: E731
+    make = {
+        "lbfgs": lambda: optax.lbfgs(),
+        "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=1, momentum=0.9),
+        "muon": lambda: optax.contrib.muon(0.1),
+        "schedule_free": lambda: optax.contrib.schedule_free_adamw(0.1),
+        "multisteps": lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+        "noisy_sgd": lambda: optax.noisy_sgd(0.1, key=jax.random.key(0)),
+        "reduce_on_plateau": lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+        "masked": lambda: optax.masked(optax.adam(0.1), {"a": True, "b": False}),
+    }[name]
+
+    def walk(tx, bad):
+        tx = optax.with_extra_args_support(tx)
+
+        @jax.jit
+        def step(params, state, fault):
+            value, grads = jax.value_and_grad(loss)(params)
+            grads["a"] = grads["a"].at[0].add(fault)
+            extra = {"value": value, "grad": grads, "value_fn": loss}
+            updates, state = tx.update(grads, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        params, state, seen = PARAMS, tx.init(PARAMS), []
+        for fault in bad:
+            params, state = step(params, state, fault)
+            inner = state.inner if isinstance(state, SkipNonfiniteState) else state
+            seen.append([np.asarray(plain(x)) for x in jax.tree.leaves((params, inner))])
+        return seen
+
+    def plain(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    seen = walk(skip_nonfinite(make()), [0.0, 0.0, np.nan, np.inf, 0.0, 0.0])
+    for after in seen[2:4]:
+        assert [x.tobytes() for x in after] == [x.tobytes() for x in seen[1]]
+    good = walk(make(), [0.0] * 4)
+    for a, b in zip(seen[:2] + seen[4:], good, strict=True):
+        chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
