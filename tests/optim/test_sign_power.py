@@ -65,13 +65,13 @@ def test_the_ends_are_exact():
 
 
 def test_the_power_is_taken_in_float32_of_the_stored_momentum():
-    """Where bfloat16 has 8 bits and float16 ends: the root of what is stored, to 1 part in 256."""
+    """An exponent of .7 has an error of 1/500 in bfloat16, a power of 1e30 then one of 10%."""
     for dtype, value in ((jnp.bfloat16, 1e30), (jnp.float16, 6e-5)):
-        tx = scale_by_sign_power(0.5, 0.0)
+        tx = scale_by_sign_power(0.3, 0.0)
         g = jnp.full(3, value, dtype)
         u, state = tx.update(g, tx.init(g))
         assert u.dtype == state[0].mu.dtype == dtype
-        expected = np.sqrt(np.float64(g[0]))
+        expected = np.float64(g[0]) ** 0.7
         np.testing.assert_allclose(np.float64(u), expected, rtol=2**-8)
 
 
