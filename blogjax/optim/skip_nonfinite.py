@@ -82,8 +82,7 @@ def skip_nonfinite(
 
     Numerics: the test is on the gradients alone; an `inner` that overflows by itself is not
     caught. `inner` is computed also in a step that is skipped, and its result thrown away by
-    selects that are part of its own kernels; see `gating`. Average gradients over devices before:
-    the test knows no axis name.
+    selects that are part of its own kernels; see `gating`.
 
     Args:
       inner: any transformation; extra arguments of `update` are passed on.
