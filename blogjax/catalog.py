@@ -69,8 +69,8 @@ POSTS = (
             "blogjax/optim/stochastic_rounding.py",
             "blogjax/optim/normalize.py",
         ),
-        experiments=(),
-        configs=(),
+        experiments=("experiments/lion_embedding_drift.py", "experiments/lion_vs_adamw.py"),
+        configs=("configs/lion_embedding_drift.py", "configs/lion_vs_adamw.py"),
         tests=(
             "tests/conformance/test_optimisers.py",
             "tests/optim/test_lion.py",
@@ -111,7 +111,6 @@ POSTS = (
 )
 
 NEXT = (
-    "Lion's experiments and benchmarks (S01)",
     "operations on gradients and the first adversarial task (S02, S03)",
     "multi-task learning (S04 to S06)",
 )
