@@ -81,8 +81,9 @@ def skip_nonfinite(
     the number that leaves every float as it was, -0.0 itself included.
 
     Numerics: the test is on the gradients alone; an `inner` that overflows by itself is not
-    caught. `inner` is computed also in a step that is skipped, and its result thrown away by
-    selects that are part of its own kernels; see `gating`.
+    caught. `inner` is computed in a skipped step too, and the result thrown away by selects inside
+    its own kernels (see `gating`), which may round the last bit of a step that is taken otherwise
+    than those of the bare `inner`.
 
     Args:
       inner: any transformation; extra arguments of `update` are passed on.

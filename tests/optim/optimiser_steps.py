@@ -1,5 +1,7 @@
 """What the tests of several transformations do with them."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -18,16 +20,22 @@ def run_steps(tx, params, sequence):
 
 def path_of_steps(tx, params, sequence):
     """One jitted step per gradient, compiled once; the parameters after each, the last state."""
-    state = tx.init(params)
+    state, step = tx.init(params), _jitted(tx)
+    before, path = step._cache_size(), []
+    for grads in sequence:
+        params, state = step(params, state, grads)
+        path.append(params)
+    assert step._cache_size() <= before + 1
+    return path, state
+
+
+@functools.cache
+def _jitted(tx):
+    """One per transformation, so that a property test which keeps its own compiles it once."""
 
     @jax.jit
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    path = []
-    for grads in sequence:
-        params, state = step(params, state, grads)
-        path.append(params)
-    assert step._cache_size() == 1
-    return path, state
+    return step

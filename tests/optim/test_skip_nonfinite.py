@@ -31,20 +31,23 @@ def run(tx, sequence):
     return run_steps(tx, PARAMS, sequence)
 
 
+INNER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+GUARDED = skip_nonfinite(INNER)
+
+
 @given(st.lists(st.sampled_from([None, *BAD]), min_size=1, max_size=6))
 def test_a_bad_step_is_as_if_it_never_was(faults):
-    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
     sequence = [
         gradients(i) if fault is None else poison(gradients(i), fault)
         for i, fault in enumerate(faults)
     ]
-    params, state = run(skip_nonfinite(inner), sequence)
+    params, state = run(GUARDED, sequence)
     good = [gradients(i) for i, fault in enumerate(faults) if fault is None]
-    expected, expected_inner = PARAMS, inner.init(PARAMS)
-    if good:
-        expected, expected_inner = run(inner, good)
-    chex.assert_trees_all_equal(params, expected)
-    chex.assert_trees_all_equal(state.inner, expected_inner)
+    expected, clean = run(GUARDED, good) if good else (PARAMS, GUARDED.init(PARAMS))
+    chex.assert_trees_all_equal((params, state.inner), (expected, clean.inner))
+    # The bare optimiser may be compiled to other kernels, which round differently.
+    bare = run(INNER, good) if good else (PARAMS, INNER.init(PARAMS))
+    chex.assert_trees_all_close((params, state.inner), bare, rtol=1e-5, atol=1e-7)
     assert state.skipped == len(faults) - len(good)
 
 
