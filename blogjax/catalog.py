@@ -76,6 +76,8 @@ POSTS = (
             "tests/optim/test_lion.py",
             "tests/optim/test_majority_vote.py",
             "tests/optim/test_tiger.py",
+            "tests/optim/test_hidden_accumulation.py",
+            "tests/optim/test_sign_power.py",
             "tests/optim/test_errata.py",
         ),
     ),
