@@ -194,7 +194,7 @@ def draw(path: pathlib.Path, config: Any, measured: list[Any]) -> None:
             ),
             Panel(
                 "table: distance moved since the last visit", "steps since the last visit",
-                "mean |E - E at the visit|", lines("table", "moved_by_age", bins.age), log_y=True,
+                "mean |E - E before it|", lines("table", "moved_by_age", bins.age), log_y=True,
                 curves={"(1 - (1 - lr wd)^n) / wd": (ages, from_rest)},
             ),
             Panel(

@@ -6,17 +6,14 @@ momentum, put it under a `PerDevice`: inside the mapped step its arrays are `[1,
 device's row; outside they are `[devices, ...]`, split over the devices like a batch.
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PerDevice:
+class PerDevice(NamedTuple):
     """A part of a state that differs between devices.
 
     Attributes:
@@ -43,6 +40,15 @@ def map_kinds(own: Any, shared: Any, tree: Any) -> Any:
         tree,
         is_leaf=_is_per_device,
     )
+
+
+def holds_per_device(tree: Any) -> bool:
+    """Whether any leaf stands under a `PerDevice`.
+
+    >>> holds_per_device({"m": PerDevice([1.0])}), holds_per_device({"w": 3.0})
+    (True, False)
+    """
+    return any(jax.tree.leaves(map_kinds(lambda _: True, lambda _: False, tree)))
 
 
 def partition_specs(tree: Any, axis_name: str | tuple[str, ...]) -> Any:

@@ -74,8 +74,11 @@ def accumulate(
     cast to the gradient's dtype. A window of one finite microbatch gives its gradient bit for bit.
     The choice between sum and old sum is a select per entry, in the pass that adds; the emission is
     a `lax.cond` on a scalar, which becomes a select under `vmap`. `inner`'s state keeps the dtypes
-    of its `init`, whatever the gradients' are. Average gradients over devices before: the test
-    knows no axis name.
+    of its `init`, whatever the gradients' are.
+
+    Average gradients over devices before: the test knows no axis name, the sums count as
+    replicated, and an `inner` that communicates would wait for ever for a device that emits
+    nothing. For gradients that differ between devices see `majority_vote.distributed_lion`.
 
     Memory: one `accumulator_dtype` copy of the parameters. `tiger` and momentum SGD can do without.
 

@@ -27,7 +27,9 @@ def update_unless(
     """Returns `update()`, or where `skip` is set updates of -0.0 and the state as it was.
 
     The update is computed in either case. What it computes in a skipped step, NaN or other, reaches
-    neither result. -0.0 is the number that changes no float to which it is added.
+    neither result. -0.0 is the number that changes no float to which it is added. An update with
+    side effects or `while` loops, which must not see old and new state mixed, gets its selects at
+    the end, and XLA its copies.
 
     Args:
       skip: bool `[]`.
@@ -69,7 +71,8 @@ def update_unless(
     new_state = list(zip(outputs[len(new_updates) :], jax.tree.leaves(state), strict=True))
     # A number that is in the state twice belongs to two old ones: nobody may read it as either.
     times = collections.Counter(id(var) for var, _ in new_state)
-    olds = {id(var): old for var, old in new_state if times[id(var)] == 1}
+    early = not (closed.jaxpr.effects or _has_while(closed.jaxpr))
+    olds = {id(var): old for var, old in new_state if early and times[id(var)] == 1}
     selected = set()
     for equation in closed.jaxpr.eqns:
         for var, value in _evaluate(closed.jaxpr, equation, read):
@@ -84,6 +87,19 @@ def update_unless(
         for var, old in new_state
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), updates + kept)
+
+
+def _has_while(jaxpr: jex.Jaxpr) -> bool:
+    """Whether a `while` stands anywhere in the program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            return True
+        for value in equation.params.values():
+            for part in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(part, "jaxpr", part)
+                if isinstance(inner, jex.Jaxpr) and _has_while(inner):
+                    return True
+    return False
 
 
 def _evaluate(jaxpr: jex.Jaxpr, equation: Any, read: Callable[[Any], Any]) -> Any:

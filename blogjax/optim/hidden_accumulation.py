@@ -129,7 +129,8 @@ def emit_every(
 
     So schedules inside count updates, not microbatches. For `inner` take what follows the
     momentum: decay, scales, the learning rate. -0.0 is the number that changes no float. Extra
-    arguments are passed on.
+    arguments are passed on. `inner` is computed in every call, and communicates in every call if it
+    does at all; the results are thrown away in place, see `gating`.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = emit_every(2, optax.scale(-1.0))

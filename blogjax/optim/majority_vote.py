@@ -132,7 +132,8 @@ def majority_vote(axis_name: str | tuple[str, ...]) -> optax.GradientTransformat
     Numerics: the outcome is exact, the updates' dtypes are kept, and a NaN on any device is NaN
     everywhere. To be used in `jax.pmap` or in `jax.shard_map(..., check_vma=False)`, on updates
     of local gradients; `tasks.gradient.gradient_task(average_gradients=False)` gives such. A guard
-    against NaN must decide alike on all devices: `skip_nonfinite(tx, axis_name=...)`.
+    against NaN must decide alike on all devices: `skip_nonfinite(tx, axis_name=...)`. Under nested
+    `vmap`s one axis name only.
 
     Args:
       axis_name: the mapped axis, or axes, whose devices vote.
@@ -141,7 +142,9 @@ def majority_vote(axis_name: str | tuple[str, ...]) -> optax.GradientTransformat
       A transformation whose state is a `MajorityVoteState`.
 
     Raises:
-      TypeError: at an integer or complex leaf.
+      TypeError: at an integer or complex leaf, and if `axis_name` is no name.
+      ValueError: under `jax.shard_map(..., check_vma=True)`, which cannot know that the outcome is
+        the same on all devices.
       NameError: by JAX, if no such axis is mapped.
 
     >>> import jax, jax.numpy as jnp
@@ -151,6 +154,9 @@ def majority_vote(axis_name: str | tuple[str, ...]) -> optax.GradientTransformat
     >>> jax.vmap(update, axis_name="workers")(votes)[0].tolist()
     [1.0, 0.0, -1.0]
     """
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not (isinstance(names, tuple) and names and all(isinstance(n, str) for n in names)):
+        raise TypeError(f"axis_name must be a name or a tuple of names, got {axis_name!r}")
 
     def init_fn(params: optax.Params) -> MajorityVoteState:
         check_floating(params)
@@ -163,6 +169,8 @@ def majority_vote(axis_name: str | tuple[str, ...]) -> optax.GradientTransformat
         check_floating(updates, "update")
         leaves, structure = jax.tree.flatten(updates)
         if leaves:
+            if _checks_varying(axis_name):
+                raise ValueError("majority_vote needs jax.shard_map(..., check_vma=False)")
             first = state.votes % jax.lax.axis_size(axis_name)
             buckets = _buckets(leaves)
             abstain = jnp.stack([jnp.any(jnp.stack([*map(_abstains, b)])) for b in buckets])
@@ -174,6 +182,16 @@ def majority_vote(axis_name: str | tuple[str, ...]) -> optax.GradientTransformat
         return jax.tree.unflatten(structure, leaves), MajorityVoteState(votes)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _checks_varying(axis_name: Any) -> bool:
+    """Whether JAX keeps track of what varies over the axis, as `check_vma=True` makes it."""
+    kind: Any = jax.typeof(jax.lax.axis_index(axis_name))
+    # The name of this attribute changes between versions of JAX.
+    varying = getattr(kind, "vma", None) or getattr(
+        getattr(kind, "manual_axis_type", None), "varying", None
+    )
+    return bool(varying)
 
 
 def _abstains(x: jax.Array) -> jax.Array:
@@ -253,6 +271,14 @@ def distributed_lion(
     The gradients must not be averaged over the axis before. The vote is not the sign of the mean
     gradient: with noisy gradients the two agree the more often the more devices vote. The momenta
     differ, so a checkpoint holds one for each device and can be resumed on as many devices only.
+
+    To accumulate microbatches, do so on each device before the vote, and let the rest follow every
+    k-th time (with `accumulate` around it the sums would differ between devices, unseen):
+
+        optax.chain(
+            per_device_state(accumulate(scale_by_lion(), k)),
+            emit_every(k, optax.chain(majority_vote(axis_name), optax.scale(-lr))),
+        )
 
     Args:
       learning_rate: as in `lion`.

@@ -11,6 +11,7 @@ Differences from the post: the post trains on one worker.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from blogjax.core.per_device import PerDevice
@@ -29,6 +30,9 @@ def per_device_state(
       `core.per_device.partition_specs(state, axis_name)` as `in_specs` and `out_specs`.
     * Own `jax.pmap`: replicate the state as usual.
 
+    Without these a `shard_map` that is told the state is replicated believes it, and a checkpoint
+    keeps the state of one device.
+
     What `inner` returns differs between devices too; something behind it in the chain must make it
     the same, such as `majority_vote`.
 
@@ -46,7 +50,7 @@ def per_device_state(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> Any:
-        return PerDevice(jax.tree.map(lambda x: x[None], inner.init(params)))
+        return PerDevice(jax.tree.map(lambda x: jnp.asarray(x)[None], inner.init(params)))
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -60,6 +64,6 @@ def per_device_state(
             return x[0]
 
         updates, new = inner.update(updates, jax.tree.map(own, state.rows), params, **extra_args)
-        return updates, PerDevice(jax.tree.map(lambda x: x[None], new))
+        return updates, PerDevice(jax.tree.map(lambda x: jnp.asarray(x)[None], new))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -118,6 +118,7 @@ def gamma_from_rate(
 
     Raises:
       ValueError: if the rate at `peak` is not positive, or `power` is not.
+      TypeError: if the rate is no schedule; a constant one leaves gamma at 1.
 
     >>> import optax
     >>> rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warmup_steps=10, decay_steps=110)
@@ -125,6 +126,8 @@ def gamma_from_rate(
     >>> [round(float(gamma(t)), 2) for t in (0, 10, 35, 60, 110)]
     [1.0, 1.0, 0.85, 0.5, 0.0]
     """
+    if not callable(learning_rate):
+        raise TypeError(f"learning_rate must be a schedule, got {learning_rate!r}")
     check_at_least("peak", peak, 0)
     if not power > 0:
         raise ValueError(f"power is {power}, but must be positive")

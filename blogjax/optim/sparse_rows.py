@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from blogjax.core.per_device import holds_per_device
 from blogjax.optim.checks import check_floating, check_updates, leaf_name
 
 Path = tuple[Any, ...]
@@ -112,7 +113,8 @@ def lazy_rows(
 
     Raises:
       ValueError: if `is_row_sparse` does not fit the tree, marks a scalar, or marks a leaf with
-        state of which rows and columns cannot be told apart; if gradients and parameters differ.
+        state of which rows and columns cannot be told apart; if gradients and parameters differ; if
+        `inner` holds a `per_device_state`.
       TypeError: if a flag is not a bool or a gradient is not real floating.
 
     >>> import jax.numpy as jnp, optax
@@ -132,7 +134,13 @@ def lazy_rows(
         check_floating(params)
         if jax.tree.leaves(params):  # `optax.tree.map_params` calls with a stand-in that has none
             _flags_by_path(is_row_sparse, params)
-        return inner.init(params)
+        state = inner.init(params)
+        if holds_per_device(state):
+            raise ValueError(
+                "lazy_rows must stand inside per_device_state, not around it: devices have "
+                "gradients for different rows, and would move their parameters apart"
+            )
+        return state
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from blogjax.core.per_device import map_kinds
+from blogjax.core.per_device import holds_per_device
 from blogjax.train.task import leaf_paths
 
 
@@ -288,8 +288,8 @@ class Checkpoints:
         meta = self._meta(step)
         wanted = _layout(abstract)
         if meta["layout"] != wanted:
-            own = jax.tree.leaves(map_kinds(lambda _: True, lambda _: False, abstract))
-            devices = ", or to another number of devices" if any(own) else ""
+            own = holds_per_device(abstract)
+            devices = ", or to another number of devices" if own else ""
             raise CheckpointMismatchError(
                 f"checkpoint {step} in {self.folder} does not fit the state:\n"
                 + _differences(meta["layout"], wanted)

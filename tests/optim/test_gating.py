@@ -176,3 +176,33 @@ def test_replicated_and_split_leaves_on_a_mesh():
 def test_a_state_of_another_kind_is_refused(new, match):
     with pytest.raises(ValueError, match=match):
         update_unless(jnp.array(False), lambda: (None, new), {"m": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_loop_never_sees_old_and_new_state_mixed(skip):
+    """With the old state in place of the new one the step of this loop would be 0."""
+
+    def update(state):
+        new = state + 1
+        count = jax.lax.while_loop(lambda c: c < 5, lambda c: c + new - state, state * 0)
+        return count, new
+
+    def nested(state):
+        return jax.jit(lambda s: jax.lax.cond(s > 0, update, update, s))(state)
+
+    for step in (update, nested):
+        count, state = update_unless(jnp.array(skip), lambda s=step: s(jnp.float32(3)), 3.0)
+        assert (count, state) == ((-0.0, 3.0) if skip else (5.0, 4.0))
+
+
+def test_a_side_effect_sees_what_was_computed():
+    seen = []
+
+    def update(state):
+        new = state + 1
+        jax.debug.callback(lambda x: seen.append(float(x)), new * 2)
+        return new, new
+
+    jax.block_until_ready(update_unless(jnp.array(True), lambda: update(jnp.float32(3)), 3.0))
+    jax.effects_barrier()
+    assert seen == [8.0]

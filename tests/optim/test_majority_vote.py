@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from blogjax.core.per_device import PerDevice, partition_specs, spread
 from blogjax.optim import majority_vote as module
+from blogjax.optim.accumulate import accumulate
+from blogjax.optim.hidden_accumulation import emit_every
 from blogjax.optim.lion import lion, scale_by_lion
 from blogjax.optim.majority_vote import (
     MajorityVoteState,
@@ -241,6 +244,64 @@ def test_rows_that_no_device_has_seen_stay_and_lazy_rows_go_on_staying():
     np.testing.assert_allclose(moved["plain"][1], [0.2] * 5 + [0] * 4, rtol=1e-5)
 
 
+def test_microbatches_are_accumulated_before_the_vote():
+    """As `distributed_lion` says; a device without a finite microbatch keeps its momentum."""
+    k, voters, lr, wd = 3, 4, 0.1, 0.01
+    rest = [majority_vote(AXIS), optax.add_decayed_weights(wd), optax.scale(-lr)]
+    tx = optax.chain(
+        per_device_state(accumulate(scale_by_lion(), k)), emit_every(k, optax.chain(*rest))
+    )
+    step, state = on_devices(tx, voters, params := draw(0))
+    want = {name: p.astype(np.float64) for name, p in params.items()}
+    momenta = {name: np.zeros((voters, *p.shape)) for name, p in want.items()}
+    for window in range(3):
+        micro = [draw(10 * window + i, voters) for i in range(k)]
+        micro[1]["kernel"][2] = np.nan
+        if window == 1:
+            for g in micro:
+                g["table"][0, 0] = np.nan  # the first device has nothing to say
+        for g in micro:
+            params, state = step(params, state, g)
+        good = np.array([[np.isfinite(g["kernel"][d]).all() and np.isfinite(g["table"][d]).all()
+                          for d in range(voters)] for g in micro])  # fmt: skip
+        for name in want:
+            total = np.zeros_like(momenta[name])
+            for g, ok in zip(micro, good, strict=True):
+                total[ok] += g[name][ok]
+            some = good.any(0).reshape(-1, 1, 1)
+            mean = total / np.maximum(good.sum(0), 1).reshape(-1, 1, 1)
+            c = np.where(some, 0.9 * momenta[name] + 0.1 * mean, 0)
+            momenta[name] = np.where(some, 0.99 * momenta[name] + 0.01 * mean, momenta[name])
+            d = counted(c.reshape(voters, -1), window % voters).reshape(want[name].shape)
+            want[name] = want[name] - lr * (d + wd * want[name])
+    chex.assert_trees_all_close(params, want, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state[0].rows.inner.mu, momenta, rtol=1e-4, atol=1e-6)
+
+
+def test_what_must_not_stand_around_a_state_of_each_device():
+    for tx in (distributed_lion(0.1, AXIS), per_device_state(scale_by_lion())):
+        with pytest.raises(ValueError, match="lazy_rows must stand inside per_device_state"):
+            lazy_rows(tx, {"kernel": False, "table": True}).init(draw(0))
+
+
+def test_flax_can_write_the_state():
+    state = distributed_lion(0.1, AXIS).init(draw(0))
+    blank = jax.tree.map(lambda x: x + 1, state)
+    restored = serialization.from_bytes(blank, serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+
+
+def test_shard_map_that_checks_what_varies_is_refused():
+    tx = majority_vote(AXIS)
+    vote = jax.shard_map(
+        lambda u: tx.update(u, tx.init(u))[0],
+        mesh=Mesh(np.array(jax.devices()), (AXIS,)), in_specs=PartitionSpec(AXIS),
+        out_specs=PartitionSpec(AXIS),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"needs jax.shard_map.*check_vma=False"):
+        vote(jnp.ones(8))
+
+
 def sent(hlo, wanted):
     """Bytes that one device hands to the collectives of this name in a compiled program."""
     total = 0
@@ -289,3 +350,5 @@ def test_the_state_is_one_row_for_each_device():
         distributed_lion(0.1, AXIS, weight_decay=-1)
     with pytest.raises(ValueError, match="b1"):
         distributed_lion(0.1, AXIS, b1=1.5)
+    with pytest.raises(TypeError, match=r"axis_name must be a name .* got 0.9"):
+        distributed_lion(0.1, 0.9, 0.99)  # pyright: ignore

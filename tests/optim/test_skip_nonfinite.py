@@ -128,6 +128,27 @@ def test_counting_ends_at_the_largest_number():
     assert tx.update(poison(gradients(0), jnp.nan), state, PARAMS)[1].skipped == 2**31 - 1
 
 
+@pytest.mark.parametrize("make", [optax.sgd, optax.adam], ids=["sgd", "adam"])
+def test_a_derivative_through_a_skipped_step_is_that_of_the_others(make):
+    """A `where` behind a NaN has a NaN derivative: the gradient must be replaced before."""
+
+    def final(rate, gradients):
+        tx, params = skip_nonfinite(make(rate)), jnp.array([1.0, 2.0])
+        state = tx.init(params)
+        for g in gradients:
+            updates, state = tx.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(params)
+
+    good = [jnp.array([1.0, -3.0]), jnp.array([0.5, 2.0])]
+    bad = jnp.array([jnp.nan, 1.0])
+    expected = jax.grad(final)(0.1, good)
+    np.testing.assert_allclose(jax.grad(final)(0.1, [good[0], bad, good[1]]), expected, rtol=1e-6)
+    h = 1e-2  # the result is linear in the rate
+    slope = (final(0.1 + h, good) - final(0.1 - h, good)) / (2 * h)
+    np.testing.assert_allclose(expected, slope, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "lbfgs", "adafactor", "muon", "schedule_free", "multisteps", "noisy_sgd", "reduce_on_plateau",

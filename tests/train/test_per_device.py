@@ -107,7 +107,7 @@ def test_sizes_count_a_row_on_each_device():
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_all_devices_leave_out_a_step_that_one_cannot_take(view):
-    """The others would wait for its vote for ever; the state is as if the step had not been."""
+    """The others would take in its NaN; the state is as if the step had not been."""
     bad = Batches({"x": X, "y": Y}, batch_size=32, seed=0)
 
     def batches(step):
