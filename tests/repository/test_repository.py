@@ -21,11 +21,12 @@ ALLOWED = {
     "nn": {"core"},
     "models": {"core", "nn"},
     "optim": METHODS,
+    "gradients": METHODS,
     "diffusion": METHODS,
     "metrics": METHODS,
     "data": set(),
     "train": {"core.per_device"},
-    "tasks": {"core", "optim", "nn", "models", "diffusion", "train.task"},
+    "tasks": {"core", "optim", "gradients", "nn", "models", "diffusion", "train.task"},
 }
 USES_FLAX = {"nn", "models", "tasks"}
 

@@ -1,0 +1,1 @@
+"""Functions on gradients: normalised critics, penalties, adversarial inputs, sharpness, bounds."""
