@@ -1,0 +1,364 @@
+"""GN and GraN: closed forms, slopes by numpy's own backward pass, the post's objections, zeros."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.test_util import check_grads
+
+from blogjax.gradients.input_gradient import check_per_example, value_and_input_gradient
+from blogjax.gradients.normalization import gradient_normalize
+
+KINDS = ("gn", "gran")
+
+
+def linear(params, x):
+    return x.reshape(x.shape[0], -1) @ params["w"] + params["b"]
+
+
+def network(params, x, act=nn.leaky_relu):
+    for w, b in params[:-1]:
+        x = act(x @ w + b)
+    w, b = params[-1]
+    return (x @ w + b)[:, 0]
+
+
+def weights(sizes=(3, 16, 16, 1), seed=0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.normal(0, a**-0.5, (a, b)).astype(dtype), rng.normal(0, 0.3, (1, b)).astype(dtype))
+        for a, b in itertools.pairwise(sizes)
+    ]
+
+
+def numpy_leaky_network(params, x):
+    """Value and input gradient in float64, written out: the oracle of the slopes."""
+    h, slopes = np.asarray(x, np.float64), []
+    for w, b in params[:-1]:
+        z = h @ w + b
+        slopes.append(np.where(z > 0, 1.0, 0.01))
+        h = slopes[-1] * z
+    w, b = params[-1]
+    value, back = (h @ w + b)[:, 0], np.broadcast_to(w[:, 0], h.shape)
+    for (w, _), slope in zip(params[-2::-1], slopes[::-1], strict=True):
+        back = (back * slope) @ w.T
+    return value, back
+
+
+def naive(kind, value, norm, eps):
+    return value / (norm + abs(value) + eps) if kind == "gn" else value * norm / (norm**2 + eps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("eps", [None, 0.0, 0.7])
+def test_a_linear_critic_is_the_closed_form(kind, eps):
+    rng = np.random.default_rng(1)
+    x, w, b = rng.normal(size=(5, 2, 3)), rng.normal(size=6), 0.3
+    critic = gradient_normalize(linear, kind=kind, eps=eps, lipschitz=2.5)
+    got = critic({"w": jnp.asarray(w, jnp.float32), "b": b}, jnp.asarray(x, jnp.float32))
+    default = {"gn": 0.0, "gran": 0.1}[kind]
+    value, norm = x.reshape(5, 6) @ w + b, np.linalg.norm(w)
+    expected = 2.5 * naive(kind, value, norm, default if eps is None else eps)
+    np.testing.assert_allclose(got, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_slopes_of_a_piecewise_linear_critic(x64, dtype):
+    params = weights()
+    x = np.random.default_rng(2).normal(size=(200, 3)).astype(dtype)
+    value, back = numpy_leaky_network(params, x)
+    n = np.linalg.norm(back, axis=1)
+    expected = {"gn": (n / (n + abs(value))) ** 2, "gran": n**2 / (n**2 + 0.1)}
+    cast = jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
+    for kind in KINDS:
+        normalized = gradient_normalize(network, kind=kind)
+        slope = jax.jit(lambda x, f=normalized: value_and_input_gradient(f, cast, x)[1])(x)
+        slope = np.linalg.norm(np.asarray(slope, np.float64), axis=1)
+        np.testing.assert_allclose(
+            slope, expected[kind], atol=1e-6 if dtype == np.float32 else 1e-12
+        )
+        assert slope.max() <= 1 + 1e-6
+    assert expected["gn"].min() < 0.5 < expected["gn"].max()  # not all at one end
+
+
+def test_a_smooth_critic_breaks_the_bound(x64):
+    """D = sin(3x): the slope of the quotient goes to 9 at the peak, from both sides."""
+    sine = gradient_normalize(lambda k, x: jnp.sin(k * x[:, 0]))
+    slope_of = jax.jit(lambda x: value_and_input_gradient(sine, 3.0, x)[1][:, 0])
+    x = np.pi / 6 + np.array([-1e-1, -1e-4, 1e-4, 1e-1])
+    slope = slope_of(jnp.asarray(x)[:, None])
+    s, c = np.sin(3 * x), np.cos(3 * x)
+    # The quotient rule, by hand, with |s| = s and n' = -9 s sign(c).
+    top = 3 * c * (3 * abs(c) + s) - s * (-9 * s * np.sign(c) + 3 * c)
+    np.testing.assert_allclose(slope, top / (3 * abs(c) + s) ** 2, rtol=1e-12)
+    assert np.all(np.abs(slope[1:3]) > 8.98) and np.all(np.abs(slope) < 9)
+
+
+def test_the_quotient_jumps_at_a_kink():
+    """The post's objection. D = relu(x) + 2 relu(x - 1) is 1 at x = 1, its slope goes 1 to 3."""
+
+    def kink(params, x):
+        return (jax.nn.relu(x) + 2 * jax.nn.relu(x - 1))[:, 0]
+
+    x = jnp.array([[1 - 1e-5], [1 + 1e-5]])
+    np.testing.assert_allclose(gradient_normalize(kink)(None, x), [0.5, 0.25], atol=2e-5)
+    gran = gradient_normalize(kink, kind="gran")(None, x)
+    np.testing.assert_allclose(gran, [1 / 1.1, 3 / 9.1], atol=2e-5)
+    np.testing.assert_allclose(gran, [0.909, 0.330], atol=5e-4)
+
+
+@jax.jit
+def _scaled_gn(scale, params, x):
+    def scaled(params, x):
+        return scale * network(params, x, jnp.tanh)
+
+    def loss(params):
+        return gradient_normalize(scaled)(params, x)
+
+    return loss(params), jax.grad(lambda params: loss(params).sum())(params)
+
+
+@given(st.integers(-90, 90), st.integers(0, 3))
+def test_gn_does_not_see_the_critics_scale(exponent, seed):
+    params = weights((3, 4, 1), seed, np.float32)
+    x = np.random.default_rng(seed).normal(size=(5, 3)).astype(np.float32)
+    value, grads = _scaled_gn(1.0, params, x)
+    scaled, scaled_grads = _scaled_gn(float(2.0**exponent), params, x)
+    np.testing.assert_array_equal(scaled, value)
+    jax.tree.map(np.testing.assert_array_equal, scaled_grads, grads)
+    np.testing.assert_allclose(_scaled_gn(3.3, params, x)[0], value, rtol=1e-5)
+    np.testing.assert_allclose(_scaled_gn(-1.0, params, x)[0], -value, rtol=1e-5)
+
+
+def test_gran_does_see_it():
+    params, x = {"w": jnp.array([3.0, 4.0]), "b": 0.0}, jnp.ones((1, 2))
+
+    def double(params, x):
+        return 2 * linear(params, x)
+
+    one, two = (gradient_normalize(c, kind="gran", eps=1.0)(params, x) for c in (linear, double))
+    np.testing.assert_allclose([one[0], two[0]], [7 * 5 / 26, 14 * 10 / 101], rtol=1e-6)
+
+
+def test_the_gradient_by_the_last_layer_is_orthogonal_to_it(x64):
+    params = weights()
+    x = np.random.default_rng(3).normal(size=(16, 3))
+
+    def cosine(kind):
+        normalized = gradient_normalize(network, kind=kind)
+        w, b = jax.jit(jax.grad(lambda p: normalized(p, x).mean()))(params)[-1]
+        grad, last = np.append(w, b), np.append(*params[-1])
+        return grad @ last / np.linalg.norm(grad) / np.linalg.norm(last)
+
+    assert abs(cosine("gn")) < 1e-14
+    assert abs(cosine("gran")) > 1e-3
+
+
+@given(
+    hnp.arrays(np.float32, 4, elements=st.floats(-1e3, 1e3, width=32)),
+    hnp.arrays(np.float32, (3, 3), elements=st.floats(-1e3, 1e3, width=32)),
+)
+def test_gn_lies_between_minus_k_and_k(params, x):
+    normalized = _bounded({"w": params[:3], "b": params[3]}, x)
+    assert np.all(np.abs(normalized) <= 2 * (1 + 1e-6))
+
+
+_bounded = jax.jit(gradient_normalize(linear, lipschitz=2.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_zero_critic_is_finite_to_second_order(kind):
+    params = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    critic = gradient_normalize(linear, kind=kind, eps=0.0)
+    x = jnp.array([[1.0, 2.0], [0.0, 0.0]])
+
+    def loss(params, x):
+        return critic(params, x).sum()
+
+    derivatives = (loss, jax.grad(loss, (0, 1)), jax.hessian(loss))
+    for leaf in jax.tree.leaves(jax.jit(lambda *a: [f(*a) for f in derivatives])(params, x)):
+        np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_dead_example_does_not_touch_the_others(kind):
+    """relu(x) is dead at -1: value and slope 0. The formula without guards is NaN there."""
+
+    def critic(w, x):
+        return w * jax.nn.relu(x[:, 0])
+
+    def loss(w, x):
+        return gradient_normalize(critic, kind=kind, eps=0.0)(w, x)
+
+    x = jnp.array([[-1.0], [2.0]])
+    derivatives = (loss, jax.jacrev(loss), jax.jacfwd(jax.jacrev(loss)))
+    value, slope, curvature = jax.jit(lambda w, x: [f(w, x) for f in derivatives])(2.0, x)
+    expected = {"gn": 4 / 6, "gran": 2.0}[kind]  # D = 2 w, n = w: 2 / 3 and 2, whatever w
+    np.testing.assert_allclose(value, [0.0, expected], rtol=1e-6)
+    np.testing.assert_allclose(slope, [0.0, 0.0], atol=1e-7)
+    np.testing.assert_allclose(curvature, [0.0, 0.0], atol=1e-7)
+
+
+def test_a_dead_relu_network_with_a_bias_is_its_sign_and_flat():
+    def critic(b, x):
+        return b + jax.nn.relu(x[:, 0])
+
+    x = jnp.array([[-1.0], [-2.0]])
+    for kind, value in (("gn", 1.0), ("gran", 0.0)):
+        normalized = gradient_normalize(critic, kind=kind)
+
+        @jax.jit
+        def value_and_slopes(b, x, f=normalized):
+            return f(b, x), *jax.grad(lambda b, x: f(b, x).sum(), (0, 1))(b, x)
+
+        for b in (0.25, -0.25):
+            got, by_bias, by_x = value_and_slopes(b, x)
+            np.testing.assert_array_equal(got, value * np.sign([b, b]))
+            np.testing.assert_array_equal(by_bias, 0.0)
+            np.testing.assert_array_equal(by_x, [[0.0], [0.0]])
+
+
+def test_first_and_second_derivatives_are_those_of_differences(x64):
+    def critic(w, x):
+        return jnp.sin(x @ w[:2]) + jnp.tanh(x @ w[2:])
+
+    def both(w, x):
+        return [gradient_normalize(critic, kind=kind)(w, x) for kind in KINDS]
+
+    w, x = np.random.default_rng(6).normal(size=4), np.array([[0.3, -1.0], [1.1, 0.7]])
+    check_grads(jax.jit(both), (w, x), order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_narrow_critic_is_normalised_in_float32(dtype):
+    """n^2 = 64 * 300^2 is beyond float16."""
+    w, x = jnp.full(64, 300.0, dtype), jnp.zeros((2, 64), dtype).at[0, 0].set(0.5)
+    got = gradient_normalize(lambda w, x: x @ w)(w, x)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, [150 / (2400 + 150), 0.0], rtol=1e-6)
+
+
+def test_under_jit_and_mapped_over_critics_with_labels():
+    rng = np.random.default_rng(7)
+    many, x = (
+        rng.normal(size=(3, 4, 2)).astype(np.float32),
+        rng.normal(size=(5, 4)).astype(np.float32),
+    )
+    labels = np.array([0, 1, 1, 0, 1])
+
+    def choose(w, x, label):
+        return jnp.take_along_axis(x @ w, label[:, None], 1)[:, 0]
+
+    got = jax.jit(jax.vmap(gradient_normalize(choose), (0, None, None)))(many, x, labels)
+    w = many[:, :, labels].astype(np.float64)
+    value, n = np.einsum("bi,kib->kb", x, w), np.linalg.norm(w, axis=1)
+    np.testing.assert_allclose(got, value / (n + abs(value)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "l2"}, r"kind='l2' is unknown; valid: 'gn', 'gran'"),
+        ({"eps": -1.0}, "eps is -1"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"lipschitz": 0.0}, "lipschitz is 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        gradient_normalize(linear, **options)
+
+
+@pytest.mark.parametrize(
+    ("critic", "message"),
+    [
+        (lambda w, x: x @ w, r"\(1, 1\).*\(1,\)"),
+        (lambda w, x: (x @ w).mean(), r"shape \(\).*\(1, \.\.\.\)"),
+        (lambda w, x: (x @ w).T, r"\(1, 1\).*\(1,\)"),
+    ],
+)
+def test_outputs_that_are_not_one_scalar_per_example_are_refused(critic, message):
+    with pytest.raises(ValueError, match=message):
+        gradient_normalize(critic)(jnp.ones((3, 1)), jnp.ones((4, 3)))
+
+
+def test_bad_inputs_are_refused():
+    critic = gradient_normalize(lambda w, x, *args: x @ w)
+    with pytest.raises(TypeError, match="x is uint8"):
+        critic(jnp.ones(3), jnp.ones((4, 3), jnp.uint8))
+    with pytest.raises(TypeError, match="output is int32"):
+        gradient_normalize(lambda w, x: jnp.zeros(len(x), jnp.int32))(None, jnp.ones((4, 3)))
+    with pytest.raises(ValueError, match=r"args\[0/y\] has shape \(3,\).*\(4, 3\) needs 4 rows"):
+        critic(jnp.ones(3), jnp.ones((4, 3)), {"y": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"x has shape \(\)"):
+        critic(jnp.ones(3), jnp.ones(()))
+
+
+class Normed(nn.Module):
+    """A critic with one normalisation layer."""
+
+    norm: type
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"use_running_average": False} if self.norm is nn.BatchNorm else {}
+        x = nn.relu(self.norm(**options)(nn.Dense(8)(x)))
+        return nn.Dense(1)(x)[:, 0]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm])
+def test_batch_norm_is_found_and_layer_norm_is_not(norm):
+    module = Normed(norm)
+    x = jax.random.normal(jax.random.key(0), (6, 4))
+    params = jax.jit(module.init)(jax.random.key(1), x)
+
+    def critic(params, x):
+        return module.apply(params, x, mutable=["batch_stats"])[0]
+
+    if norm is nn.LayerNorm:
+        check_per_example(critic, params, x)
+    else:
+        with pytest.raises(ValueError, match=r"couples examples: row \d is .* batch of 6"):
+            check_per_example(critic, params, x)
+
+
+def test_what_check_per_example_says():
+    x = jnp.eye(3, dtype=jnp.float32)
+
+    def same(w, x):
+        return x @ w
+
+    check_per_example(same, jnp.ones(3), x)
+
+    def first(w, x):
+        return jnp.concatenate([x[:1] @ w, x[1:] @ w + 0.1 * (x[:1] @ w)])
+
+    with pytest.raises(ValueError, match=r"row 1 is 1\.1 in its batch of 3 but 1 alone"):
+        check_per_example(first, jnp.ones(3), x)
+    check_per_example(first, jnp.ones(3), x, tolerance=0.2)
+    with pytest.raises(ValueError, match=r"\(1, 3\).*at least 2"):
+        check_per_example(same, jnp.ones(3), x[:1])
+    with pytest.raises(ValueError, match=r"shape \(3, 1\).*\(3,\)"):
+        check_per_example(same, jnp.ones((3, 1)), x)
+    with pytest.raises(ValueError, match="row 0 is nan"):
+        check_per_example(same, jnp.full(3, jnp.nan), x)
+
+
+def test_no_example_sees_another():
+    """What the sum over the batch would mix: here D(x_i) depends on the batch's mean."""
+
+    def coupled(w, x):
+        return jnp.tanh((x - 0.5 * x.mean(0, keepdims=True)) @ w)
+
+    def alone(w, x):
+        return jnp.tanh(0.5 * x @ w)
+
+    x = jnp.array([[1.0, 2.0], [-3.0, 0.5]])
+    together, apart = (jax.jit(gradient_normalize(f))(jnp.ones(2), x) for f in (coupled, alone))
+    np.testing.assert_allclose(together, apart, rtol=1e-6)
