@@ -82,6 +82,71 @@ POSTS = (
         ),
     ),
     Post(
+        slug="S02",
+        title="WGAN's Lipschitz constraint by gradient normalisation",
+        method="GN and GraN critics; WGAN-GP, R1, R2, DRAGAN penalties",
+        urls=("https://kexue.fm/archives/8757",),
+        papers=(
+            "wu2021gradient",
+            "bhaskara2022gran",
+            "gulrajani2017improved",
+            "mescheder2018training",
+            "kodali2017convergence",
+        ),
+        modules=(
+            "blogjax/gradients/normalization.py",
+            "blogjax/gradients/penalties.py",
+            "blogjax/gradients/input_gradient.py",
+        ),
+        experiments=(),
+        configs=(),
+        tests=("tests/gradients/test_normalization.py", "tests/gradients/test_penalties.py"),
+    ),
+    Post(
+        slug="S03",
+        title="an inequality between input and parameter gradient penalties; adversarial training",
+        method="gradient bound, per-example norms, FGM, PGD, VAT, SAM, flooding, input smoothness",
+        urls=(
+            "https://kexue.fm/archives/8796",
+            "https://kexue.fm/archives/7234",
+            "https://kexue.fm/archives/7466",
+            "https://kexue.fm/archives/7643",
+            "https://kexue.fm/archives/7787",
+        ),
+        papers=(
+            "dherin2021geometric",
+            "goodfellow2015efficient",
+            "goodfellow2015explaining",
+            "madry2018towards",
+            "miyato2017adversarial",
+            "ross2018improving",
+            "miyato2018virtual",
+            "foret2021sharpness",
+            "zhao2022penalizing",
+            "barrett2021implicit",
+            "ishida2020need",
+        ),
+        modules=(
+            "blogjax/gradients/gradient_bound.py",
+            "blogjax/gradients/per_example.py",
+            "blogjax/gradients/adversarial.py",
+            "blogjax/gradients/virtual_adversarial.py",
+            "blogjax/gradients/perturbation.py",
+            "blogjax/gradients/sharpness.py",
+            "blogjax/gradients/smoothness.py",
+        ),
+        experiments=(),
+        configs=(),
+        tests=(
+            "tests/gradients/test_gradient_bound.py",
+            "tests/gradients/test_per_example.py",
+            "tests/gradients/test_adversarial.py",
+            "tests/gradients/test_virtual_adversarial.py",
+            "tests/gradients/test_sharpness.py",
+            "tests/gradients/test_smoothness.py",
+        ),
+    ),
+    Post(
         slug="S30",
         title="DDPM as an autoregressive VAE",
         method="DDPM: noise schedules, denoising loss, exact ELBO",
@@ -113,7 +178,7 @@ POSTS = (
 )
 
 NEXT = (
-    "operations on gradients and the first adversarial task (S02, S03)",
+    "the adversarial task and the experiments on gradients (S02, S03)",
     "multi-task learning (S04 to S06)",
 )
 
