@@ -65,7 +65,6 @@ def power_of_two(x: jax.Array) -> jax.Array:
     if x.dtype not in _EXPONENT:
         raise TypeError(f"power_of_two needs float32 or float64, got {x.dtype}")
     integer, mask = _EXPONENT[x.dtype]
-    x = jax.lax.stop_gradient(x)
     bits = jax.lax.bitcast_convert_type(x, integer) & jnp.asarray(mask, integer)
     power = jax.lax.bitcast_convert_type(bits, x.dtype)
     return jnp.where((power > 0) & jnp.isfinite(power), power, 1)

@@ -244,6 +244,14 @@ def test_a_narrow_critic_is_normalised_in_float32(dtype):
     np.testing.assert_allclose(got, [150 / (2400 + 150), 0.0], rtol=1e-6)
 
 
+def test_values_are_float32_and_gradients_have_the_inputs_dtype():
+    w, x = jnp.ones(3, jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)
+    value, gradient = value_and_input_gradient(lambda w, x: x @ w, w, x)
+    assert (value.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_array_equal(value, [3.0, 3.0])
+    np.testing.assert_array_equal(gradient, x)
+
+
 def test_under_jit_and_mapped_over_critics_with_labels():
     rng = np.random.default_rng(7)
     many, x = (

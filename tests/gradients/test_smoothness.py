@@ -166,6 +166,28 @@ def test_many_probes_come_near_the_exact_penalties():
         np.testing.assert_allclose(estimate, exact, rtol=0.1)
 
 
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_the_mean_distance_is_the_quadratures_also_for_much_noise(distance):
+    """At sigma 0.8 the orders above the second count, and KL's two directions differ."""
+    x, w = jnp.asarray(X, jnp.float32), jnp.asarray(W1, jnp.float32)
+
+    def run(x, w):
+        return noise_distance(
+            jax.random.key(0), network, w, x, distance=distance, sigma=0.8, draws=20_000
+        )
+
+    clean = numpy_outputs(X, distance)
+    forth, back = (
+        gaussian_mean(lambda e, d=d: d(numpy_outputs(X + e, distance)), 0.8)
+        for d in (
+            lambda noisy: numpy_distance(noisy, clean, distance),
+            lambda noisy: numpy_distance(clean, noisy, distance),
+        )
+    )
+    np.testing.assert_allclose(jax.jit(run)(x, w), forth, rtol=0.03)
+    assert distance == "squared" or np.all(np.abs(back / forth - 1) > 0.05)
+
+
 def test_the_laplacian_estimate_is_exact_on_a_diagonal_and_random_off_it():
     def curved(h, x):
         return ((x @ h) * x).sum(-1) / 2
