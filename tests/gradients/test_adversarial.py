@@ -208,6 +208,41 @@ def test_is_a_constant_to_differentiation(method):
     assert not any(np.any(g) for g in jax.tree.leaves(closed(params)))
 
 
+@pytest.fixture
+def once():
+    """The identity, which cannot be differentiated."""
+    identity = jax.custom_jvp(lambda x: x)
+
+    @identity.defjvp
+    def _(primals, tangents):
+        raise AssertionError("differentiated")
+
+    return identity
+
+
+def test_training_needs_no_second_derivative(once):
+    """A kernel that can be differentiated once is enough."""
+
+    @jax.custom_vjp
+    def kernel(w, x):
+        return jnp.square(x @ w)
+
+    def backward(kept, g):
+        w, x = kept
+        slope = once(2 * g * (x @ w))
+        return x.T @ slope, slope[:, None] * w[None]
+
+    kernel.defvjp(lambda w, x: (kernel(w, x), (w, x)), backward)
+    w, x = as_jax((W, X))
+
+    def trained(w):
+        fast = fast_gradient(kernel, w, x, epsilon=0.1)
+        slow = projected_gradient(kernel, w, x, epsilon=0.1, steps=2, step_size=0.1)
+        return jnp.sum(kernel(w, x + fast) + kernel(w, x + slow))
+
+    assert np.isfinite(jax.jit(jax.grad(trained))(w)).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_inputs(dtype):
     params, x, y = as_jax((MLP, X, Y), dtype)

@@ -225,7 +225,7 @@ def test_eight_devices_are_one(name, view):
         plain += 0.3 / 4 * sum(np.sum(g**2) for g in tree_slope(TREE, *BATCH).values())
     np.testing.assert_allclose(value, plain, rtol=1e-5)
     np.testing.assert_allclose(aux["mean"], BATCH[0].mean(), rtol=1e-4)
-    assert aux["count"] == 3
+    assert aux["count"] == 3 and aux["count"].dtype == jnp.int32
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -160,6 +160,26 @@ def test_gradient_by_finite_differences(x64, stop_target):
         np.testing.assert_allclose(np.sum(np.asarray(grads[name]) * direction), slope, rtol=1e-6)
 
 
+def test_training_needs_no_second_derivative():
+    """A kernel that can be differentiated once is enough."""
+    identity = jax.custom_jvp(lambda x: x)
+
+    @identity.defjvp
+    def _(primals, tangents):
+        raise AssertionError("differentiated twice")
+
+    kernel = jax.custom_jvp(lambda w, x: jnp.square(x @ w))
+
+    @kernel.defjvp
+    def _(primals, tangents):
+        (w, x), (dw, dx) = primals, tangents
+        return kernel(w, x), 2 * identity(x @ w) * (dx @ w + x @ dw)
+
+    w, x = as_jax((RNG.normal(size=(5, 3)), X))
+    loss = lambda w: jnp.sum(vat_loss(kernel, w, x, keys(), epsilon=0.1))  # noqa: E731
+    assert np.isfinite(jax.jit(jax.grad(loss))(w)).all()
+
+
 def test_impossible_classes_count_nothing():
     """Logits of -inf, as masked classes have them: finite, and as if they were not there."""
     w = as_jax(RNG.normal(size=(5, 4)))
