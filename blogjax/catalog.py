@@ -121,6 +121,7 @@ POSTS = (
             "miyato2017adversarial",
             "ross2018improving",
             "miyato2018virtual",
+            "bishop1995training",
             "foret2021sharpness",
             "zhao2022penalizing",
             "barrett2021implicit",
