@@ -217,7 +217,7 @@ def test_dead_networks_have_zero_on_the_left():
     dead, zero, spoilt = (ones(2, 3, 3, 1) for _ in range(3))
     dead[0]["bias"] -= 10  # all ReLUs of the first layer are off
     zero[2]["kernel"] *= 0
-    spoilt[1]["kernel"][0, 0] = np.nan
+    spoilt[2]["kernel"][0, 0] = np.nan  # which leaves all h_t finite
     x = np.ones((2, 2), np.float32)
     for params in (dead, zero):
         alone, batch = both(params, x, first, activation=jax.nn.relu)

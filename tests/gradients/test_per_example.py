@@ -218,6 +218,10 @@ def test_where_the_gradient_is_zero_so_are_its_derivatives():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(dead))
     total = derivatives(lambda p: norms(p, x, first).sum())(params, params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(total))
+    # An input of zeros, which no ReLU hides: |x| has no derivative there.
+    params, x = [{"kernel": ones(2, 1)}], 0 * ones(1, 2)
+    at_zero = derivatives(lambda v: norms(v[0], v[1], first)[0])((params, x), (params, x + 1))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(at_zero))
 
 
 def test_first_and_second_derivatives_of_a_penalty_on_the_norms(x64):
