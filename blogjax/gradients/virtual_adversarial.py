@@ -8,8 +8,8 @@ Equations: l(r) = KL(p(x) || p(x + r)) = 1/2 r' H r + O(|r|^3), H = J' (diag(p) 
   J = d logits / dx; u ~ N(0, I), u <- H u / |H u| repeated; loss KL(p(x) || p(x + eps u)).
 Differences from the post:
 - H u is exact; the post takes the gradient at x + 10 u for it, a secant over a long way. In float32
-  that points elsewhere once a prediction is sure to 1e-7, and so does jax's own second derivative
-  of the divergence (`test_sure_predictions_still_have_a_direction`).
+  that points elsewhere where both predictions are sure to 1e-7, and so does jax's own second
+  derivative of the divergence (`test_sure_predictions_still_have_a_direction`).
 - Where H u = 0 the direction stays what it was, the noise; the post's u / |u| is 0/0 there.
 - Without iterations the noise has the length eps; the post calls that Gaussian noise, whose length
   varies by a share of 1/sqrt(2 d).
