@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
-from blogjax.core.random import fold_in_rows, normal
+from blogjax.core.random import fold_in_rows, normal, uniform
 from blogjax.data.batches import Batches, EvaluationBatches
 from blogjax.diffusion.schedules import linear_beta_schedule
+from blogjax.losses.adversarial import critic_loss
+from blogjax.models.gan import MLPCritic, MLPGenerator
 from blogjax.models.unet import UNet
+from blogjax.tasks.adversarial import Generated, adversarial_task
+from blogjax.tasks.critics import constrain
 from blogjax.tasks.denoising import denoising_task
 from blogjax.tasks.gradient import LossOutput, gradient_task
 from blogjax.train.task import Task
@@ -24,13 +29,15 @@ class Case:
     """How to make a task, given the optimiser and the mapped axis, and what to feed it.
 
     `poison` names an array whose NaN reaches the loss; `rows_interact`: one example's loss depends
-    on the others, as with batch statistics; `slow`: left to `make slow`.
+    on the others, as with batch statistics; `hands`: rows are dealt to so many updates of one step
+    by their place modulo it; `slow`: left to `make slow`.
     """
 
     make: Callable[[optax.GradientTransformation, str | None], Task]
     arrays: dict[str, np.ndarray]
     poison: str = "x"
     rows_interact: bool = False
+    hands: int = 1
     slow: bool = False
 
     def batches(self, size: int = 16) -> Batches:
@@ -157,9 +164,48 @@ def _image_data(n: int = 44) -> dict[str, np.ndarray]:
     return {"image": image, "label": rng.integers(0, 3, size=n).astype(np.int32)}
 
 
+def adversarial(tx: optax.GradientTransformation, axis_name: str | None = None) -> Task:
+    """Two updates of a critic per step, with a state, a random penalty and a projection."""
+    generator, net = MLPGenerator(6, (8,)), MLPCritic((8,), activation=jnp.tanh)
+    critic = constrain(lambda params, x: net.apply({"params": params}, x), "sn")
+    critic = constrain(constrain(critic, "gp", weight=0.1), "clip", bound=0.5)
+
+    def init(key):
+        shapes = {
+            "generator": jax.eval_shape(generator.init, key, jnp.zeros((1, 3)), train=True),
+            "critic": jax.eval_shape(net.init, key, jnp.zeros((1, 6))),
+        }
+        # One draw for all: it compiles faster, and this suite does so very often.
+        flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, shapes))
+        return unravel(0.5 * normal(key, flat.shape))
+
+    def generate(params, model_state, keys, batch, train):
+        z = uniform(keys, (len(keys), 3))
+        return Generated(generator.apply({"params": params}, z, train=train))
+
+    def evaluate(state, batch, key):
+        keys = fold_in_rows(key, batch["row"])
+        made = generate(state.averaged_params, {}, keys, batch, train=False).examples
+        of_real, of_made = (
+            critic(state.params["critic"], state.model_state["critic"], x)
+            for x in (batch["x"], made)
+        )
+        return {"loss": critic_loss(of_real, of_made), "moments": made}
+
+    return adversarial_task(
+        init, generate, critic, tx, tx, critic_steps=2, generator_draws=2, ema_decay=0.9,
+        loss="non_saturating", real=lambda batch, keys: batch["x"],
+        evaluate=evaluate, axis_name=axis_name,
+        render=lambda state, batch, key: {
+            "kernel": jax.nn.sigmoid(state.averaged_params["dense_0"]["kernel"])[None, :, :, None]
+        },
+    )  # fmt: skip
+
+
 CASES = {
     "noisy_regression": Case(noisy_regression, _regression_data()),
     "batch_norm_regression": Case(batch_norm_regression, _regression_data(), rows_interact=True),
+    "adversarial": Case(adversarial, _regression_data(), hands=2, slow=True),
     "denoising": Case(denoising, _image_data(), poison="image"),
     "denoising by a U-Net": Case(denoising_by_unet, _image_data(), poison="image", slow=True),
 }

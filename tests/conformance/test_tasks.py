@@ -92,7 +92,7 @@ def test_the_mean_is_right_when_devices_hold_unequal_numbers_of_examples(case, v
         jax.device_get(a.params), jax.device_get(b.params), rtol=2e-6, atol=1e-6
     )
     if not case.rows_interact:
-        short = {name: x[:5] for name, x in batch.items()}
+        short = {name: x[: 5 + -5 % case.hands] for name, x in batch.items()}
         c, c_metrics = jax.jit(whole.step)(state, short, jax.random.key(1))
         np.testing.assert_allclose(a_metrics["loss"], c_metrics["loss"], rtol=1e-6)
         chex.assert_trees_all_close(a.params, c.params, rtol=1e-6, atol=1e-7)
@@ -200,8 +200,9 @@ def test_a_nonfinite_step_changes_only_the_count(case):
     assert int(after.step) == int(state.step) + 1
     for name in ("params", "model_state", "ema"):
         chex.assert_trees_all_equal(getattr(after, name), getattr(state, name))
-    chex.assert_trees_all_equal(after.opt_state.inner, state.opt_state.inner)
-    assert int(after.opt_state.skipped) == 1
+    inner = [getattr(s.opt_state, "inner", s.opt_state) for s in (after, state)]
+    chex.assert_trees_all_equal(*inner)
+    assert int(metrics["skipped"]) == 1
 
 
 def test_an_examples_numbers_follow_its_row(case):
@@ -209,7 +210,8 @@ def test_an_examples_numbers_follow_its_row(case):
     task = case.make(optax.sgd(0.1), None)
     state = start(task, mesh_of(1))
     batch = case.batches()(0)
-    order = np.random.default_rng(1).permutation(16)
+    order = np.random.default_rng(1).permutation(16 // case.hands)
+    order = (order[:, None] * case.hands + np.arange(case.hands)).ravel()
     shuffled = {name: x[order] for name, x in batch.items()}
     losses = [
         float(jax.jit(task.step)(state, b, jax.random.key(5))[1]["loss"]) for b in (batch, shuffled)

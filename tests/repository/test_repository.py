@@ -22,11 +22,21 @@ ALLOWED = {
     "models": {"core", "nn"},
     "optim": METHODS,
     "gradients": METHODS,
+    "losses": METHODS,
     "diffusion": METHODS,
     "metrics": METHODS,
     "data": set(),
     "train": {"core.per_device"},
-    "tasks": {"core", "optim", "gradients", "nn", "models", "diffusion", "train.task"},
+    "tasks": {
+        "core",
+        "optim",
+        "gradients",
+        "losses",
+        "nn",
+        "models",
+        "diffusion",
+        "train.task",
+    },
 }
 USES_FLAX = {"nn", "models", "tasks"}
 

@@ -1,0 +1,146 @@
+"""What an adversarial task holds, and the small functions on it.
+
+Apart from `adversarial.py` so that the task itself can be read in one piece.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blogjax.core.random import Key
+from blogjax.train.task import Batch
+
+PLAYERS = ("critic", "generator")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdversarialState:
+    """State of an `adversarial_task`; the dicts have the keys `critic` and `generator`.
+
+    Attributes:
+      step: int32 `[]`, calls of `step`, skipped ones included.
+      skipped: int32 `[]`, how many of them were skipped.
+      params: the parameters of both.
+      model_state: the generator's other variables, such as batch statistics, and the state of the
+        critic's constraint, such as singular vectors.
+      opt_state: the states of both optimisers.
+      ema: `{"params": ..., "model_state": ...}`, averages of the generator's, float32 or better;
+        None without `ema_decay`.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: dict[str, Any]
+    model_state: dict[str, Any]
+    opt_state: dict[str, Any]
+    ema: Any
+
+    @property
+    def averaged_params(self) -> Any:
+        """The generator's parameters to evaluate and to sample with: the average if any."""
+        return self.params["generator"] if self.ema is None else self.ema["params"]
+
+    @property
+    def averaged_model_state(self) -> Any:
+        """The generator's model state that goes with `averaged_params`."""
+        return self.model_state["generator"] if self.ema is None else self.ema["model_state"]
+
+
+class Generated(NamedTuple):
+    """What a generator returns.
+
+    Attributes:
+      examples: `[B, ...]`, of the shape of real ones.
+      model_state: the new model state; None leaves it as it was.
+    """
+
+    examples: jax.Array
+    model_state: Any = None
+
+
+# generate(params, model_state, keys [B], batch, train) -> Generated
+Generate = Callable[[Any, Any, Key, Batch, bool], Generated]
+
+
+def check_networks(variables: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses an `init` that does not give a generator and a critic without state of its own.
+
+    Raises:
+      ValueError: naming what there is and what there should be.
+
+    >>> check_networks({"generator": {"params": {}}, "critic": {"params": {}, "batch_stats": {}}})
+    Traceback (most recent call last):
+        ...
+    ValueError: the critic may have nothing but 'params', got ['batch_stats'] too: ...
+    """
+    if set(variables) != set(PLAYERS):
+        raise ValueError(f"init must return networks {PLAYERS}, got {sorted(variables)}")
+    for name in PLAYERS:
+        if "params" not in variables[name]:
+            raise ValueError(f"the {name} needs 'params', got {sorted(variables[name])}")
+    more = sorted(set(variables["critic"]) - {"params"})
+    if more:
+        raise ValueError(
+            f"the critic may have nothing but 'params', got {more} too: with batch statistics its "
+            "output for one example would depend on the others"
+        )
+
+
+def dealt(batch: Batch, hands: int) -> dict[str, jax.Array]:
+    """Deals row i to hand i modulo `hands`: `[B, ...]` becomes `[hands, B / hands, ...]`.
+
+    Equal blocks of rows, as devices have them, deal themselves: no row has to move.
+
+    Raises:
+      ValueError: if the rows do not divide.
+
+    >>> dealt({"weight": jnp.arange(6.0)}, 2)["weight"].tolist()
+    [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
+    """
+    size = batch["weight"].shape[0]
+    if size % hands:
+        raise ValueError(
+            f"a batch of {size} rows (of each device, where there is an axis_name) does not divide "
+            f"among critic_steps={hands}"
+        )
+    return {
+        name: jnp.swapaxes(jnp.reshape(x, (size // hands, hands, *x.shape[1:])), 0, 1)
+        for name, x in batch.items()
+    }
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """What an average of `x` begins with: `x`, in float32 or better where it is floating."""
+    floating = jnp.issubdtype(x.dtype, jnp.inexact)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if floating else x
+
+
+def towards(average: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
+    """Moves an average to `x`, by a share of the way; a counter becomes that of `x`."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    return average + rate.astype(average.dtype) * (x.astype(average.dtype) - average)
+
+
+def kept_dtype(new: Any, old: Any) -> jax.Array:
+    """Returns `new` in the dtype of `old`: optax widens momenta of bfloat16 in the first step."""
+    old, new = jnp.asarray(old), jnp.asarray(new)
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def choose(skip: jax.Array, old: Any, new: Any) -> jax.Array:
+    """Returns `old` where `skip` is set, to the bit, else `new`; typed keys too.
+
+    >>> choose(jnp.array(True), jnp.float32(1.0), jnp.float32(jnp.nan)).tolist()
+    1.0
+    """
+    old, new = jnp.asarray(old), jnp.asarray(new)
+    if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
+        # As data: the check for keys used twice cannot know that one of the two is thrown away.
+        data = jnp.where(skip, jax.random.key_data(old), jax.random.key_data(new))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(new))
+    return jnp.where(skip, old, new)
