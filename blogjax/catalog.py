@@ -84,7 +84,7 @@ POSTS = (
     Post(
         slug="S02",
         title="WGAN's Lipschitz constraint by gradient normalisation",
-        method="GN and GraN critics; WGAN-GP, R1, R2, DRAGAN penalties",
+        method="adversarial task; GN, GraN, SN and clipped critics; WGAN-GP, R1, R2, DRAGAN",
         urls=("https://kexue.fm/archives/8757",),
         papers=(
             "wu2021gradient",
@@ -92,15 +92,31 @@ POSTS = (
             "gulrajani2017improved",
             "mescheder2018training",
             "kodali2017convergence",
+            "arjovsky2017wasserstein",
+            "miyato2018spectral",
+            "radford2016unsupervised",
+            "lim2017geometric",
+            "goodfellow2014generative",
+            "mao2017least",
         ),
         modules=(
             "blogjax/gradients/normalization.py",
             "blogjax/gradients/penalties.py",
             "blogjax/gradients/input_gradient.py",
+            "blogjax/tasks/adversarial.py",
+            "blogjax/tasks/critics.py",
+            "blogjax/losses/adversarial.py",
+            "blogjax/models/gan.py",
+            "blogjax/nn/spectral_norm.py",
         ),
         experiments=(),
         configs=(),
-        tests=("tests/gradients/test_normalization.py", "tests/gradients/test_penalties.py"),
+        tests=(
+            "tests/gradients/test_normalization.py",
+            "tests/gradients/test_penalties.py",
+            "tests/tasks/test_adversarial_task.py",
+            "tests/tasks/test_critics.py",
+        ),
     ),
     Post(
         slug="S03",
@@ -179,7 +195,7 @@ POSTS = (
 )
 
 NEXT = (
-    "the adversarial task and the experiments on gradients (S02, S03)",
+    "experiments on gradients and GANs (S02, S03)",
     "multi-task learning (S04 to S06)",
 )
 
