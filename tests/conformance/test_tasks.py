@@ -68,6 +68,7 @@ def test_the_views_train_and_evaluate_alike(case, view, tmp_path):
 
 
 @pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.slow
 def test_a_run_may_go_on_in_another_view(case, view, tmp_path):
     tx, options = optax.sgd(0.05), {"mesh": mesh_of(8), "save_every": 1, "workdir": tmp_path / "w"}
     whole = fit(case.make(tx, None), case.batches(), 4, mesh=mesh_of(8))
@@ -99,6 +100,7 @@ def test_the_mean_is_right_when_devices_hold_unequal_numbers_of_examples(case, v
 
 
 @pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.slow
 def test_each_view_compiles_once_and_updates_in_place(case, view):
     compiled = compile_task(case.make(optax.adam(0.01), "rows"), mesh := mesh_of(8), view)
     state = start(case.make(optax.adam(0.01), None), mesh)

@@ -195,6 +195,7 @@ def run(folder, tmp_path_factory):
     return workdir, config, tracked, ddpm.run(tracked, workdir)
 
 
+@pytest.mark.slow
 def test_it_trains_samples_and_says_what_was_published(run):
     workdir, config, tracked, result = run
     assert set(flatten(config.to_dict())) == tracked.read
@@ -210,6 +211,7 @@ def test_it_trains_samples_and_says_what_was_published(run):
     assert program["flops"] > 0 and program["temporaries"] > 0
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_where_it_was_stopped(run, monkeypatch):
     workdir, config, _, result = run
     missing = workdir / "samples" / "ddim_2" / "000016.npy"
@@ -235,6 +237,7 @@ def test_sampling_goes_on_where_it_was_stopped(run, monkeypatch):
     assert again.claims == result.claims
 
 
+@pytest.mark.slow
 def test_memory_and_grain_give_the_same_losses(run, folder, tmp_path):
     workdir, config, _, _ = run
     data = images.open_images(config.data)
@@ -315,6 +318,7 @@ def test_only_the_images_compared_with_are_read(folder):
     assert len(data.first("test", 1000)) == SIZES["test"] - 16
 
 
+@pytest.mark.slow
 def test_files_of_samples_do_not_depend_on_the_devices(folder):
     config = small(folder)
     plan = model.build(config, (32, 32, 3), 10)

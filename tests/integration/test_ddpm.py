@@ -26,6 +26,7 @@ def smoke(tmp_path_factory):
     return folder, config, tracked, result
 
 
+@pytest.mark.slow
 def test_every_field_of_the_config_is_read(smoke):
     _, config, tracked, _ = smoke
     assert set(flatten(config.to_dict())) == tracked.read
@@ -39,6 +40,7 @@ def test_variants_differ_in_values_only():
         get_config("huge")
 
 
+@pytest.mark.slow
 def test_the_folder_holds_what_a_run_promises(smoke):
     folder, config, _, result = smoke
     for name in ("samples.png", "denoising.png", "curves.png", "metrics.jsonl", "measured.json"):
@@ -50,6 +52,7 @@ def test_the_folder_holds_what_a_run_promises(smoke):
     assert all(c.statement and c.source.startswith("https://") for c in result.claims)
 
 
+@pytest.mark.slow
 def test_a_finished_seed_is_read_back(smoke, monkeypatch):
     folder, config, _, result = smoke
     monkeypatch.setattr(ddpm, "fit", None)
@@ -57,6 +60,7 @@ def test_a_finished_seed_is_read_back(smoke, monkeypatch):
     assert again.claims == result.claims
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_devices(smoke):
     _, config, _, _ = smoke
     assert jax.device_count() == 8
