@@ -246,7 +246,7 @@ def adversarial_task(
             x = real(rows, real_keys)
             # What padding holds must not reach the critic: its gradient would be 0 times NaN.
             x = jnp.where(per_example(rows["weight"] == 0, x), 0, x)
-            fake = jax.lax.stop_gradient(generate(*fakes_by, latent_keys, rows, True).examples)
+            fake = generate(*fakes_by, latent_keys, rows, True).examples
             if fake.shape != x.shape:
                 raise ValueError(
                     f"generated examples have shape {fake.shape}, but real ones {x.shape}"

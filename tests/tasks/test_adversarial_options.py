@@ -141,6 +141,22 @@ def test_narrow_parameters_keep_their_dtypes():
     assert new.ema["params"].dtype == metrics["loss"].dtype == jnp.float32
 
 
+def test_a_momentum_that_widens_is_kept_narrow():
+    """As optax's does from a rate in float32; the state would change its type from step to step."""
+    widening = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda g, s, p=None: (g, jax.tree.map(lambda x: x.astype(jnp.float32), g)),
+    )
+
+    def init(key):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), linear_init(key))
+
+    task = adversarial_task(init, random_shift, linear, widening, widening, real=reals)
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    new, _ = jax.eval_shape(task.step, state, batch_of(), jax.random.key(1))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+
+
 def test_optimisers_get_the_loss_and_may_hold_keys():
     plateau = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=0.5, patience=1))
     noisy = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(3)), optax.sgd(0.1))

@@ -98,15 +98,16 @@ def test_each_turn_leaves_the_other_player_as_it_was_to_the_bit():
 
 
 def test_model_states_move_in_their_own_players_turn_only():
-    task = counting_task(critic_steps=3, ema_decay=0.0)
+    task = counting_task(critic_steps=3, ema_decay=0.5)
     state, _ = take(task, start(task), batch_of())
     assert int(state.model_state["critic"]) == 3
     stats = state.model_state["generator"]["stats"]
     assert int(stats["calls"]) == 1 and stats["mean"] != 0
     assert state.model_state["generator"]["other"] == {"k": 1.0}
-    # Decay 0: the average is the newest; counts are counts.
-    chex.assert_trees_all_close(state.averaged_model_state, state.model_state["generator"])
-    assert state.averaged_model_state["stats"]["calls"].dtype == np.int32
+    # The first step's decay is 0.1. A count is no average.
+    averaged = state.averaged_model_state["stats"]
+    assert averaged["mean"] == pytest.approx(0.9 * stats["mean"], rel=1e-6)
+    assert int(averaged["calls"]) == 1 and averaged["calls"].dtype == np.int32
 
 
 def test_the_numbers_of_a_row_follow_its_row_and_the_update():
@@ -125,6 +126,10 @@ def test_the_numbers_of_a_row_follow_its_row_and_the_update():
     assert sorted(drawn) == [(3, 3, 4), (3, 9, 1), (9, 3, 3)]
     numbers = np.concatenate([data for data in drawn.values()])
     assert len(np.unique(numbers, axis=0)) == 3 + 3 + 9
+    for k, name in enumerate([(3, 3, 4), (3, 9, 1)]):
+        update = jax.random.fold_in(jax.random.key(KEY), k)
+        latent = jax.random.split(jax.random.fold_in(update, name[1]), 3)[0]
+        np.testing.assert_array_equal(drawn[name][0], jax.random.key_data(latent))
     # Each row of the first hand three times, with the keys that the docstring promises.
     row, data = next((row, data) for row, data in seen if len(row) == 9)
     assert row.tolist() == np.repeat([3, 4, 0], 3).tolist()
@@ -144,7 +149,7 @@ def test_the_generators_loss_is_the_mean_over_its_draws():
 
 def test_one_bad_update_leaves_the_whole_step_out():
     """The updates after it meet NaN parameters; only the first one is told to be at fault."""
-    task = counting_task(critic_steps=3, ema_decay=0.5, loss="wasserstein")
+    task = counting_task(critic_steps=3, ema_decay=0.5, loss="non_saturating")
     state, metrics = take(task, start(task), batch_of())
     assert int(metrics["skipped"]) == 0 and float(metrics["critic_grad_norm"]) > 0
     bad = batch_of(seed=1)

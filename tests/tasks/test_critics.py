@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blogjax.core.random import uniform
 from blogjax.gradients.penalties import r1_penalty
 from blogjax.tasks.critics import (
     CONSTRAINTS,
@@ -48,9 +49,29 @@ def test_clipping_against_numpy():
     out = project(params)
     np.testing.assert_array_equal(out["a"], np.clip(params["a"], -0.5, 0.5))
     assert out["b"].dtype == jnp.bfloat16 and float(out["b"]) == 0.5
-    tighter = clipped(clipped(linear, bound=0.5), bound=0.2).project
-    assert tighter is not None
-    assert tighter(jnp.array([0.4, -0.1])).tolist() == pytest.approx([0.2, -0.1])
+    for bounds in ((0.5, 0.2), (0.2, 0.5)):
+        tighter = clipped(clipped(linear, bounds[0]), bounds[1]).project
+        assert tighter is not None
+        assert tighter(jnp.array([0.4, -0.1])).tolist() == pytest.approx([0.2, -0.1])
+
+
+def test_constraints_are_kept_by_those_that_follow():
+    for order in (("sn", "gp", "clip", "gn"), ("gn", "clip", "gp", "sn")):
+        critic = linear
+        for kind in order:
+            critic = constrain(critic, kind)
+        assert isinstance(critic, ConstrainedCritic) and critic.score is not linear
+        parts = critic.penalty, critic.project, critic.init_state, critic.reparametrize
+        assert None not in parts
+
+
+def test_penalties_draw_numbers_of_their_own():
+    def drawn(score, params, keys, real, fake):
+        return uniform(keys, real.shape[:1])
+
+    one = penalty_of(penalized(linear, drawn))(W, keys(), X, X)
+    two = penalty_of(penalized(penalized(linear, drawn), drawn))(W, keys(), X, X)
+    assert np.abs(two - 2 * one).min() > 1e-3
 
 
 def test_the_gradient_penalty_of_a_linear_critic_is_known_everywhere():

@@ -67,27 +67,27 @@ class Noisy(nn.Module):
         return nn.Dense(2)(jnp.tanh(h))
 
 
-def normed_task(generator_tx=None, critic_tx=None, *, constraint="sn", axis_name=None, **options):
-    """A generator with batch statistics, a critic with singular vectors."""
+def normed_task(axis_name=None, **options):
+    """A generator with batch statistics and one more of its own; a critic with singular vectors."""
     net, judge = Noisy(axis_name), MLPCritic((3,), activation=jnp.tanh)
 
     def init(key):
         keys = jax.random.split(key)
+        generator = Noisy().init(keys[0], jnp.zeros((2, 3)), train=True)
         return {
-            "generator": Noisy().init(keys[0], jnp.zeros((2, 3)), train=True),
+            "generator": {**generator, "latents": {"mean": jnp.zeros(3)}},
             "critic": judge.init(keys[1], jnp.zeros((1, 2))),
         }
 
     def generate(params, model_state, keys, batch, train):
-        variables, z = {"params": params, **model_state}, uniform(keys, (len(keys), 3))
-        if not train:
-            return Generated(net.apply(variables, z, train=False))
-        return Generated(*net.apply(variables, z, train=True, mutable=["batch_stats"]))
+        z = uniform(keys, (len(keys), 3))
+        variables = {"params": params, "batch_stats": model_state["batch_stats"]}
+        made, new = net.apply(variables, z, train=train, mutable=["batch_stats"])
+        return Generated(made, {**new, "latents": {"mean": jnp.mean(z, axis=0)}})
 
-    critic = constrain(lambda params, x: judge.apply({"params": params}, x), constraint)
-    options = {"real": reals, "loss": "non_saturating", **options}
-    txs = (tx or optax.sgd(0.1) for tx in (generator_tx, critic_tx))
-    return adversarial_task(init, generate, critic, *txs, axis_name=axis_name, **options)
+    critic = constrain(lambda params, x: judge.apply({"params": params}, x), "sn")
+    options = {"real": reals, "loss": "non_saturating", "axis_name": axis_name, **options}
+    return adversarial_task(init, generate, critic, optax.sgd(0.1), optax.sgd(0.1), **options)
 
 
 def counting_init(key):
