@@ -323,7 +323,7 @@ def claims(config: Any, measured: list[dict[str, list[dict[str, Any]]]]) -> list
         ),
         judge(
             "the form for batches holds: largest ratio",
-            POST, "left over right, largest over batches, their sizes, times and both wide networks",
+            POST, "left over right, largest over batches, sizes, times and both wide networks",
             worst(WIDE, lambda at: max(b["batch_largest"] for b in at["batches"].values())),
             high=1.0, near=0.02, judged=judged,
         ),
@@ -361,7 +361,7 @@ def draw(path: pathlib.Path, config: Any, measured: list[dict[str, Any]]) -> Non
         ),
         Panel(
             "bracket of norms", "step", "median over the images",
-            [along(name, lambda at: at["bracket"]) for name in WIDE], log_y=True,
+            [along(name, lambda at: at["bracket"]) for name in WIDE],
         ),
         Panel(
             "mean left side over the batch's gradient (naive)", "images in the batch",
