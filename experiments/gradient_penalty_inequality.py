@@ -274,7 +274,6 @@ def claims(config: Any, measured: list[dict[str, list[dict[str, Any]]]]) -> list
         return over(which, figure).max(axis=(1, 2)).tolist()
 
     bracket = over(WIDE, lambda at: at["bracket"])
-    drift = (bracket.max(axis=2) / bracket.min(axis=2)).max(axis=1)
     correlation = over(WIDE, lambda at: at["correlation"])[:, :, -1].min(axis=1)
     spectral = over(WIDE, lambda at: min(at["spectral"]))[:, :, 0].min(axis=1)
     violated = over(WIDE, lambda at: at["batches"][largest]["violated"])[:, :, -1].min(axis=1)
@@ -285,7 +284,9 @@ def claims(config: Any, measured: list[dict[str, list[dict[str, Any]]]]) -> list
             lambda at: at["batches"][largest]["batch"],
         )
     )
-    left = (holding / alone).max(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a dead network: NaN, which fails
+        drift = (bracket.max(axis=2) / bracket.min(axis=2)).max(axis=1)
+        left = (holding / alone).max(axis=1)
     return [
         judge(
             "the left side is never above the right: largest ratio",

@@ -235,5 +235,8 @@ def test_the_claims_by_hand():
     inf = np.inf
     assert edges == [(-inf, 1), (-inf, 1e-6), (1, inf), (-inf, 2), (0.9, inf), (0.5, inf),
                      (-inf, 1), (-inf, 0.01)]  # fmt: skip
-    measured["relu"][1]["bracket"] = None  # NaN, as JSON has it
-    assert inequality.claims(config, [measured])[3].verdict == "fails"
+    dead = measured["relu"][1]
+    dead["bracket"] = None  # NaN, as JSON has it
+    dead["ratio"]["median"] = dead["batches"]["8"]["batch"] = 0.0
+    claims = inequality.claims(config, [measured])
+    assert [np.isnan(claims[i].value) and claims[i].verdict for i in (3, 7)] == ["fails", "fails"]
