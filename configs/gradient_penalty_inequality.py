@@ -3,7 +3,7 @@
 Command:   python -m experiments.gradient_penalty_inequality
            --config=configs/gradient_penalty_inequality.py
            --workdir=runs/gradient_penalty_inequality
-Hardware:  two CPU cores, about a minute. `:full` runs three seeds, `:smoke` takes seconds.
+Hardware:  two CPU cores, about 20 seconds. `:full` runs three seeds, `:smoke` takes seconds.
 Expected:  see docs/results/gradient_penalty_inequality/result.json. The inequality is a theorem,
            so its ratio is at most 1; the post has no figures.
 """

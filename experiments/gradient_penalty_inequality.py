@@ -31,11 +31,7 @@ import optax
 
 from blogjax.data import digits
 from blogjax.data.batches import Batches
-from blogjax.gradients.gradient_bound import (
-    batch_gradient_bound,
-    mlp_gradient_bound,
-    spectral_norm,
-)
+from blogjax.gradients.gradient_bound import batch_gradient_bound, mlp_gradient_bound, spectral_norm
 from blogjax.gradients.per_example import layer_signals
 from blogjax.tasks.gradient import LossOutput, gradient_task
 from blogjax.train import mesh as meshes
@@ -237,16 +233,10 @@ def run_network(
         if not stored.exists():
             print(f"\n{folder}, {steps} steps", flush=True)
             state = fit(
-                task,
-                batches,
-                steps,
-                seed=seed,
-                workdir=folder,
-                log_every=config.train.log_every,
-                save_seconds=config.train.save_seconds,
-                on_nonfinite=config.train.on_nonfinite,
-                verbose=True,
-            )
+                task, batches, steps, seed=seed, workdir=folder,
+                log_every=config.train.log_every, save_seconds=config.train.save_seconds,
+                on_nonfinite=config.train.on_nonfinite, verbose=True,
+            )  # fmt: skip
             write_json(stored, measure(state))
         found.append(json.loads(stored.read_text()))
     return found
@@ -277,13 +267,8 @@ def claims(config: Any, measured: list[dict[str, list[dict[str, Any]]]]) -> list
     correlation = over(WIDE, lambda at: at["correlation"])[:, :, -1].min(axis=1)
     spectral = over(WIDE, lambda at: min(at["spectral"]))[:, :, 0].min(axis=1)
     violated = over(WIDE, lambda at: at["batches"][largest]["violated"])[:, :, -1].min(axis=1)
-    alone, holding = (
-        over(WIDE, figure)[:, :, -1]
-        for figure in (
-            lambda at: at["ratio"]["median"],
-            lambda at: at["batches"][largest]["batch"],
-        )
-    )
+    alone = over(WIDE, lambda at: at["ratio"]["median"])[:, :, -1]
+    holding = over(WIDE, lambda at: at["batches"][largest]["batch"])[:, :, -1]
     with np.errstate(divide="ignore", invalid="ignore"):  # a dead network: NaN, which fails
         drift = (bracket.max(axis=2) / bracket.min(axis=2)).max(axis=1)
         left = (holding / alone).max(axis=1)
