@@ -115,7 +115,11 @@ POSTS = (
             "tests/gradients/test_normalization.py",
             "tests/gradients/test_penalties.py",
             "tests/tasks/test_adversarial_task.py",
+            "tests/tasks/test_adversarial_options.py",
             "tests/tasks/test_critics.py",
+            "tests/losses/test_adversarial_losses.py",
+            "tests/models/test_gan.py",
+            "tests/nn/test_spectral_norm.py",
         ),
     ),
     Post(
@@ -152,8 +156,8 @@ POSTS = (
             "blogjax/gradients/sharpness.py",
             "blogjax/gradients/smoothness.py",
         ),
-        experiments=(),
-        configs=(),
+        experiments=("experiments/gradient_penalty_inequality.py",),
+        configs=("configs/gradient_penalty_inequality.py",),
         tests=(
             "tests/gradients/test_gradient_bound.py",
             "tests/gradients/test_per_example.py",
