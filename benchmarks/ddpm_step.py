@@ -37,8 +37,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import CORES, settle
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CORES = 2
 STEPS = 20  # training steps in one measurement
 NUM_SAMPLES, SAMPLE_STEPS = 100, 50
 LIMIT = 120.0  # seconds after which no further repeat of one kind is begun
@@ -318,13 +319,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
     os.environ.update(TQDM_DISABLE="1", JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(cores) > CORES:  # XLA takes all it may run on
-        os.sched_setaffinity(0, cores[:CORES])
-
-    load = round(os.getloadavg()[0], 2)
-    if load > 0.5:
-        print(f"warning: other work is running here (load {load}), the figures will be wrong")
+    load = settle()
 
     workers = {name: Worker(name) for name in OURS}
     spec = workers[OURS[0]].ask("spec")

@@ -38,11 +38,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.machine import RESULTS, surroundings, write
+from benchmarks.machine import CORES, RESULTS, settle, surroundings, write
 from benchmarks.peers.lion_process import EAGER, FOREACH, PACKAGES, peers
 from blogjax.optim.lion import lion
 
-CORES = 2
 CASES = (12, 1000)
 LR, DECAY, BETAS = 1e-4, 1.0, (0.9, 0.99)
 CHECKED = (1, 3)  # steps after which results are compared
@@ -350,12 +349,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--parameters", type=int, default=50_000_000)
     options = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(cores) > CORES:  # XLA takes all it may run on
-        os.sched_setaffinity(0, cores[:CORES])
-    load = round(os.getloadavg()[0], 2)
-    if load > 0.5:
-        print(f"warning: other work is running here (load {load}), the figures will be wrong")
+    load = settle()
     there = all(importlib.util.find_spec(name.replace("-", "_")) for name in PACKAGES)
     with_torch = there and jax.default_backend() == "cpu"
     cases = {leaves: run(leaves, options, with_torch) for leaves in CASES}
