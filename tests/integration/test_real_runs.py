@@ -113,7 +113,9 @@ def test_the_commands_of_the_readme(tmp_path):
     assert "is finished" in again.stdout and "make train RUN=" in again.stdout
 
 
-@pytest.mark.parametrize("name", ["lion_embedding_drift", "lion_vs_adamw", "gradient_penalty_inequality"])
+@pytest.mark.parametrize(
+    "name", ["lion_embedding_drift", "lion_vs_adamw", "gradient_penalty_inequality"]
+)
 def test_a_default_run_does_not_contradict_the_published_one(tmp_path, environment, name):
     """One seed against three: what is clear in both must be the same."""
     published = ROOT / "docs" / "results" / name / "result.json"
