@@ -312,12 +312,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def show(group: str, rows: Mapping[str, dict[str, Any]]) -> None:
     """Prints a table."""
-    print(f"{group:42}" + "".join(f"{c:>12}" if c != "ratio" else f"{c:>20}" for c in COLUMNS))
+    print(f"{group:42}" + "".join(f"{c:>12}" if c != "ratio" else f"{c:>24}" for c in COLUMNS))
     for name, found in rows.items():
         cells = []
         for column, text in COLUMNS.items():
             try:
-                cells.append(text(found).rjust(20 if column == "ratio" else 12))
+                cells.append(text(found).rjust(24 if column == "ratio" else 12))
             except KeyError:
                 cells.append("-".rjust(12))
         print(f"  {name:40}" + "".join(cells), flush=True)
