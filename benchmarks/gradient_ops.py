@@ -49,7 +49,7 @@ import optax
 
 from benchmarks.compiled_step import CompiledStep
 from benchmarks.lion_update import spread
-from benchmarks.machine import RESULTS, surroundings, write
+from benchmarks.machine import CORES, RESULTS, settle, surroundings, write
 from benchmarks.peers.torch_critics import PACKAGES, PREFIX, peers
 from blogjax.gradients.adversarial import fast_gradient, projected_gradient
 from blogjax.gradients.penalties import input_gradient_penalty, parameter_gradient_penalty
@@ -64,7 +64,6 @@ from blogjax.losses.adversarial import critic_loss, generator_loss
 from blogjax.models.gan import DCGANCritic, MLPCritic, MLPGenerator
 from blogjax.tasks.critics import ConstraintName, constrain
 
-CORES = 2
 WIDTH, BATCH, CLASSES = 512, 256, 10
 LIMIT = 40.0  # seconds after which no further repeat of one group is begun
 PLAIN = "plain"
@@ -331,12 +330,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--batch", type=int, default=BATCH)
     options = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(cores) > CORES:  # XLA takes all it may run on
-        os.sched_setaffinity(0, cores[:CORES])
-    load = round(os.getloadavg()[0], 2)
-    if load > 0.5:
-        print(f"warning: other work is running here (load {load}), the figures will be wrong")
+    load = settle()
     there = all(importlib.util.find_spec(name) for name in PACKAGES)
     with_torch = there and jax.default_backend() == "cpu"
     players, given = adversaries(options.width, options.batch)
