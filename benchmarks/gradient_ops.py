@@ -36,7 +36,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
