@@ -21,15 +21,15 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data = ConfigDict({"points": 65536, "batch_size": 128, "evaluation": 2048})
     config.model = ConfigDict({"latent": 2, "hidden": (64, 64), "slope": 0.2})
     config.optim = ConfigDict({"loss": "hinge", "critic_steps": 3, "b1": 0.0, "b2": 0.9})
-    # Chosen on the seeds 100, 101 and 102; see the experiment.
+    # Rates were chosen on the seeds 100, 101 and 102; see the experiment.
     config.arms = ConfigDict(
         {
-            "none": {"learning_rate": 3e-3},
+            "none": {"learning_rate": 1e-3},
             "clip": {"learning_rate": 3e-3, "bound": 0.1},
             "sn": {"learning_rate": 3e-3},
             "gp": {"learning_rate": 3e-3, "weight": 1.0},
-            "gn": {"learning_rate": 1e-3},
-            "gran": {"learning_rate": 1e-3, "lipschitz": 1.0},
+            "gn": {"learning_rate": 3e-3},
+            "gran": {"learning_rate": 3e-3, "lipschitz": 1.0},
             "direction": {"learning_rate": 1e-3},
         }
     )

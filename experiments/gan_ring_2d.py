@@ -10,9 +10,9 @@ How: one generator and one critic, MLPs, trained once with each constraint: none
   spectral normalisation, gradient penalty, GN, GraN and the post's `<grad D / |grad D|, x>`. Same
   networks, game, steps and data. At the end: modes found, sliced W2 to fresh points, the largest
   slope and the jumps of the critic in float64 on a square, the time of a step.
-Chosen on other seeds (100, 101, 102) by the mean sliced W2: for every arm one learning rate of
-  1e-3, 3e-3, 1e-2, and with it the clipping bound of 0.03, 0.1, 0.3, the weight of the penalty of
-  0.1, 1, 10, and GraN's constant of 1, 3.
+Chosen on other seeds (100, 101, 102) by the mean sliced W2: each arm's learning rate, of 1e-3 and
+  3e-3. There the published weight 10 of the penalty found one mode in five of six runs, so it is 1.
+  The clipping bound, GraN's K and eps were not varied.
 Differences from the post: it has no figures, and its networks were for images.
 """
 
@@ -195,6 +195,13 @@ def claims(config: Any, measured: list[dict[str, Any]], times: list[dict[str, An
             PAPER, "difference of the modes found, GN or GraN, whichever has fewer, to none",
             [n - m["none"]["modes"] for n, m in zip(fewest, measured, strict=True)],
             low=1.0, near=1.0, judged=judged,
+        ),
+        judge(
+            "their samples are nearer to the data than those of the plain critic: its sliced W2 "
+            "over that of the worse of GN and GraN",
+            PAPER, "ratio of sliced W2 to fresh points",
+            [w2(m, "none") / max(w2(m, name) for name in two) for m in measured],
+            low=1.0, near=0.5, judged=judged,
         ),
         judge(
             "their slope is at most K, as the network is piecewise linear: excess",

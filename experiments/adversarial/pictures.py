@@ -76,7 +76,14 @@ def draw_arms(
     axis.tick_params(labelsize=11)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=9, frameon=False)
+    axis.legend(
+        fontsize=10, frameon=False, loc="lower right", bbox_to_anchor=(1.03, 0.15),
+        labelspacing=0.15, handlelength=1.2,
+    )  # fmt: skip
+    figure.suptitle(
+        "critics after training (dark violet: most real), generated points, circles around the "
+        "modes", fontsize=14,
+    )  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
