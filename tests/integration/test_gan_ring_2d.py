@@ -332,8 +332,8 @@ def test_the_claims_by_hand():
     np.testing.assert_allclose([c.value for c in found], values, rtol=1e-12)
     inf = math.inf
     assert [(c.low, c.high) for c in found] == [
-        (7, inf), (1, inf), (1, inf), (-inf, 1e-6), (1, inf), (0.1, inf), (2, inf), (1, inf), (1, inf),
-        (1.2, inf),
+        (7, inf), (1, inf), (1, inf), (-inf, 1e-6), (1, inf), (0.1, inf), (2, inf), (1, inf),
+        (1, inf), (1.2, inf),
     ]  # fmt: skip
     assert [c.verdict for c in found].count("holds") == 8  # 7 of 7 and 1.25 of 1 are too near
     other = _measured(
