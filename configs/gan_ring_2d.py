@@ -52,8 +52,8 @@ def get_config(variant: str = "default") -> ConfigDict:
             "side": 161,  # of the grid on which the critic is looked at
             "lines": 41,
             "fine": 4001,
-            "rounds": 15,  # of the clock, for each seed
-            "calls": 20,
+            "rounds": 100,  # of the clock, for each seed
+            "calls": 5,
         }
     )
     config.judge = True

@@ -147,13 +147,10 @@ def run_arm(
         state = train_arm(folder, plane, task, config, seed)
         figures, shown = measure_arm(config, plane, name, critic, state, seed)
         np.savez_compressed(folder / "shown.npz", values=shown[0], samples=shown[1])
-        along = read_metrics(folder / "metrics.jsonl", "evaluate")
-        by_mode = np.stack([v for k, v in along.items() if k.startswith("near_")])
-        figures["along"] = {
-            "step": along["step"].tolist(),
-            "near": by_mode.sum(axis=0).tolist(),
-            "modes": (by_mode >= config.measure.share).sum(axis=0).tolist(),
-        }
+        evaluated = read_metrics(folder / "metrics.jsonl", "evaluate")
+        figures["along"] = measures.along_training(evaluated, config.measure.share)
+        program = json.loads((folder / "program.json").read_text())
+        figures["operations"] = program.get("flops")  # of a step, as XLA counts them
         write_json(stored, figures)
     return json.loads(stored.read_text())
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from blogjax.losses.adversarial import generator_loss
@@ -75,10 +76,11 @@ def generator_gradient(
 ) -> Callable[[], Any]:
     """The gradient of the generator's update, alone."""
     state = jax.jit(task.init)(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), rows)
 
     @jax.jit
-    def gradient(params: Any) -> Any:
+    def gradient(params: Any, seed: jax.Array) -> Any:
+        keys = jax.random.split(jax.random.key(seed), rows)
+
         def mean(params: Any) -> jax.Array:
             scores = critic(
                 state.params["critic"], state.model_state["critic"], plane.generate(params, keys)
@@ -87,7 +89,8 @@ def generator_gradient(
 
         return jax.grad(mean)(params)
 
-    return lambda: gradient(state.params["generator"])
+    seed = jnp.int32(1)
+    return lambda: gradient(state.params["generator"], seed)
 
 
 def clock(

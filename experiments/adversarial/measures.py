@@ -1,6 +1,7 @@
 """What is measured of a GAN in the plane: its samples, its critic's surface, the time of a step."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,28 @@ def modes_found(shares: np.ndarray, least: float) -> int:
     2
     """
     return int((shares >= least).sum())
+
+
+def along_training(records: Mapping[str, np.ndarray], least: float) -> dict[str, list[float]]:
+    """What was evaluated during training.
+
+    Args:
+      records: `step` and `near_0`, `near_1` ..., shares near the modes, each `[records]`.
+      least: as in `modes_found`.
+
+    Returns:
+      `step`; `near`, share of samples near any mode; `modes`, modes found.
+
+    >>> records = {"step": [5, 9], "near_0": [0.5, 0.25], "near_1": [0.01, 0.25]}
+    >>> along_training({name: np.array(column) for name, column in records.items()}, 0.02)
+    {'step': [5, 9], 'near': [0.51, 0.5], 'modes': [1, 2]}
+    """
+    shares = np.stack([column for name, column in records.items() if name.startswith("near_")])
+    return {
+        "step": records["step"].tolist(),
+        "near": shares.sum(axis=0).tolist(),
+        "modes": (shares >= least).sum(axis=0).tolist(),
+    }
 
 
 def distance(samples: np.ndarray, fresh: np.ndarray, directions: int) -> float:
