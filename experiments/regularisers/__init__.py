@@ -1,0 +1,1 @@
+"""What the experiments on regularisers of few labelled digits have in common."""
