@@ -58,9 +58,8 @@ def dots(
     low = min([-reach if values[n].mean() < -reach else values[n].min() for n in order])
     high = max([reach if values[n].mean() > reach else values[n].max() for n in order])
     margin = 0.06 * (high - low) or 1.0
-    axis.set(
-        title=title, xlabel=xlabel, xlim=(max(low, -reach) - margin, min(high, reach) + margin)
-    )
+    axis.set(title=title, xlabel=xlabel, ylim=(-0.6, len(order) - 0.4))
+    axis.set_xlim(max(low, -reach) - margin, min(high, reach) + margin)
 
 
 def lines(
