@@ -54,7 +54,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     elif variant == "smoke":
         config.data.update(labelled=10, batch_size=8)
         config.model.hidden = (4,)
-        config.methods.names = ("plain", "fgm", "penalty_1")
+        config.methods.names = ("plain", "fgm")
         config.attack.strengths = (0.0, 1.0)
         config.equivalence.steps = 2
         config.train.update(steps=3, replicas=2, log_every=1)

@@ -163,77 +163,56 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
 
     Args:
       config: the experiment's.
-      measured: for each seed `{method: see `measure`}` and "equivalence". A method that was not
-        run counts as NaN.
+      measured: for each seed `{method: see `measure`}` and "equivalence". Of methods that were not
+        run there are no claims.
     """
-    settings, judged = config.methods, config.judge
-    strength = list(config.attack.strengths).index(settings.epsilon)
-    small, *large = (penalty_name(w) for w in settings.penalty_weights)
-
-    def accuracy(seed: dict[str, Any], name: str, at: int = 0) -> float:
-        return float(points(seed[name]["attacked"][at]).mean()) if name in seed else float("nan")
-
-    def minus(name: str, other: str, at: int = 0) -> list[float]:
-        return [accuracy(seed, name, at) - accuracy(seed, other, at) for seed in measured]
-
-    test = "percentage points of test accuracy, mean over the replicas"
-    attacked = f"percentage points of test accuracy under FGM of length {settings.epsilon:g}"
-    return [
-        judge(
-            "FGM raises accuracy: gain over plain training",
-            POST, test, minus("fgm", "plain"), low=1.0, high=3.0, near=0.8, judged=judged,
-        ),
-        judge(
-            f"a penalty on the input gradient, weight {settings.penalty_weights[0]:g}, raises it",
-            POST, test, minus(small, "plain"), low=0.0, near=0.8, judged=judged,
-        ),
-        judge(
-            "and as much as FGM does: penalty minus FGM",
-            POST, test, minus(small, "fgm"), low=-0.3, high=0.3, near=0.8, judged=judged,
-        ),
-        judge(
-            "FGM without normalising is the penalty to second order: slope of the distance between "
-            "the trained parameters",
-            POST, "slope of log |theta_FGM - theta_penalty| over log epsilon",
-            [seed["equivalence"]["slope"] for seed in measured],
-            low=1.9, high=2.1, near=0.02, judged=judged,
-        ),
-        judge(
-            "several steps are not better than one: PGD minus FGM",
-            POST, test, minus("pgd", "fgm"), high=0.0, near=0.8, judged=judged,
-        ),
-        judge(
-            "FGM makes networks harder to fool: under attack, minus plain training",
-            POST, attacked, minus("fgm", "plain", strength), low=0.0, near=4.0, judged=judged,
-        ),
-        judge(
-            f"and so does the penalty of weight {settings.penalty_weights[0]:g}",
-            POST, attacked, minus(small, "plain", strength), low=0.0, near=4.0, judged=judged,
-        ),
-        *(
-            judge(
-                f"a penalty of weight {weight:g} ruins a ReLU network (a trial made before, not "
-                "the post)",
-                POST, test, minus(name, "plain"), high=-20.0, near=10.0, judged=judged,
-            )
-            for name, weight in zip(large, settings.penalty_weights[1:], strict=True)
-        ),
-        judge(
-            "flooding raises accuracy", FLOODING, test, minus("flooding", "plain"),
-            low=0.0, near=1.5, judged=judged,
-        ),
-        judge(
-            "a penalty on the parameter gradient raises it", BOTH, test,
-            minus("parameter", "plain"), low=0.0, near=0.8, judged=judged,
-        ),
-        judge(
-            "SAM raises it", SAM, test, minus("sam", "plain"), low=0.0, near=0.5, judged=judged,
-        ),
-        judge(
-            "the gradient-norm penalty raises it", NORM, test, minus("norm", "plain"),
-            low=0.0, near=0.5, judged=judged,
-        ),
+    settings = config.methods
+    attack, strength = config.attack, list(config.attack.strengths).index(settings.epsilon)
+    first, *others = settings.penalty_weights
+    small = penalty_name(first)
+    # What is claimed, where from, of which method, over which other, under which attack.
+    gains = [
+        ("FGM raises accuracy: gain over plain training", POST, "fgm", "plain", 0,
+         {"low": 1.0, "high": 3.0, "near": 0.8}),
+        (f"a penalty on the input gradient, weight {first:g}, raises it", POST, small, "plain", 0,
+         {"low": 0.0, "near": 0.8}),
+        ("and as much as FGM does: penalty minus FGM", POST, small, "fgm", 0,
+         {"low": -0.3, "high": 0.3, "near": 0.8}),
+        ("several steps are not better than one: PGD minus FGM", POST, "pgd", "fgm", 0,
+         {"high": 0.0, "near": 0.8}),
+        ("FGM makes networks harder to fool: under attack, minus plain training", POST, "fgm",
+         "plain", strength, {"low": 0.0, "near": 4.0}),
+        (f"and so does the penalty of weight {first:g}", POST, small, "plain", strength,
+         {"low": 0.0, "near": 4.0}),
+        *((f"a penalty of weight {weight:g} ruins a ReLU network (a trial made before, not the "
+           "post)", POST, penalty_name(weight), "plain", 0, {"high": -20.0, "near": 10.0})
+          for weight in others),
+        ("flooding raises accuracy", FLOODING, "flooding", "plain", 0, {"low": 0.0, "near": 1.5}),
+        ("a penalty on the parameter gradient raises it", BOTH, "parameter", "plain", 0,
+         {"low": 0.0, "near": 0.8}),
+        ("SAM raises it", SAM, "sam", "plain", 0, {"low": 0.0, "near": 0.5}),
+        ("the gradient-norm penalty raises it", NORM, "norm", "plain", 0,
+         {"low": 0.0, "near": 0.5}),
     ]  # fmt: skip
+
+    def accuracy(seed: dict[str, Any], name: str, at: int) -> float:
+        return float(points(seed[name]["attacked"][at]).mean())
+
+    found = []
+    for statement, source, name, other, at, interval in gains:
+        if all({name, other} <= set(seed) for seed in measured):
+            under = f" under FGM of length {attack.strengths[at]:g}" if at else ""
+            metric = f"percentage points of test accuracy{under}, mean over the replicas"
+            values = [accuracy(seed, name, at) - accuracy(seed, other, at) for seed in measured]
+            found.append(judge(statement, source, metric, values, judged=config.judge, **interval))
+    slope = judge(
+        "FGM without normalising is the penalty to second order: slope of the distance between the "
+        "trained parameters",
+        POST, "slope of log |theta_FGM - theta_penalty| over log epsilon",
+        [seed["equivalence"]["slope"] for seed in measured],
+        low=1.9, high=2.1, near=0.02, judged=config.judge,
+    )  # fmt: skip
+    return [*found, slope]
 
 
 def draw(path: pathlib.Path, config: Any, measured: list[dict[str, Any]]) -> None:

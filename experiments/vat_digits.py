@@ -87,7 +87,7 @@ def check(config: Any, label: np.ndarray, tested: int) -> None:
     check_ranges(config.optim, learning_rate=(1e-9, 10))
     check_ranges(vat, weight=(0, float("inf")))
     epsilons = list(vat.epsilons)
-    if epsilons[:1] == [0] or len(epsilons) < 2 or epsilons != sorted({abs(e) for e in epsilons}):
+    if len(epsilons) < 2 or epsilons[0] <= 0 or epsilons != sorted(set(epsilons)):
         raise ValueError(f"vat.epsilons must be two positive numbers or more, rising: {epsilons}")
     if vat.epsilon not in epsilons:
         raise ValueError(f"vat.epsilon, {vat.epsilon:g}, must be among vat.epsilons, {epsilons}")

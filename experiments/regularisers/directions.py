@@ -4,6 +4,7 @@ The direction is the top eigenvector of H = J' (diag(p) - p p') J, J = d logits 
 Hessian of KL(p(x) || p(x + r)) at r = 0. Here H is written out and decomposed, in float64.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,21 +17,26 @@ from blogjax.gradients.virtual_adversarial import virtual_adversarial_perturbati
 from experiments.regularisers.replicas import Params, logits
 
 
-def top_eigenvectors(params: Params, pixels: Any) -> np.ndarray:
-    """`[n, 64]`, float64 under x64; the sign is arbitrary."""
-
-    def hessian(x: jax.Array) -> jax.Array:
+@jax.jit
+def _hessians(params: Params, pixels: jax.Array) -> jax.Array:
+    def one(x: jax.Array) -> jax.Array:
         def of_one(x: jax.Array) -> jax.Array:
             return logits(params, x[None])[0]
 
         p, jacobian = jax.nn.softmax(of_one(x)), jax.jacrev(of_one)(x)
         return jacobian.T @ (jnp.diag(p) - jnp.outer(p, p)) @ jacobian
 
-    return np.linalg.eigh(np.asarray(jax.jit(jax.vmap(hessian))(pixels)))[1][..., -1]
+    return jax.vmap(one)(pixels)
 
 
+def top_eigenvectors(params: Params, pixels: Any) -> np.ndarray:
+    """`[n, 64]`, float64 under x64; the sign is arbitrary."""
+    return np.linalg.eigh(np.asarray(_hessians(params, pixels)))[1][..., -1]
+
+
+@functools.partial(jax.jit, static_argnames="iterations")
 def by_difference(
-    params: Params, pixels: jax.Array, start: jax.Array, iterations: int, xi: float
+    params: Params, pixels: jax.Array, start: jax.Array, *, iterations: int, xi: float
 ) -> jax.Array:
     """Power iterations as the post has them: `u <- grad_x KL(p(x) || p(x + xi u)) / |.|`.
 
@@ -57,6 +63,14 @@ def by_difference(
     return u
 
 
+@functools.partial(jax.jit, static_argnames="iterations")
+def _exact(params: Params, pixels: jax.Array, key: Key, *, iterations: int) -> jax.Array:
+    return virtual_adversarial_perturbation(
+        logits, params, pixels, jax.random.split(key, len(pixels)), epsilon=1.0,
+        iterations=iterations,
+    )  # fmt: skip
+
+
 def alignment(
     params: Params, pixels: np.ndarray, key: Key, iterations: Sequence[int], xi: float
 ) -> dict[str, list[float]]:
@@ -74,22 +88,22 @@ def alignment(
     Returns:
       `{"exact": [...], "difference": [...]}`, one for each of `iterations`.
     """
-    keys = jax.random.split(key, len(pixels))
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
         x = jnp.asarray(pixels, jnp.float64)
         wanted = top_eigenvectors(params, x)
 
-        def direction(count: int) -> jax.Array:
-            return virtual_adversarial_perturbation(
-                logits, params, x, keys, epsilon=1.0, iterations=count
-            )
+        def exact(count: int) -> jax.Array:
+            return _exact(params, x, jax.random.clone(key), iterations=count)
 
         def share(found: jax.Array) -> float:
             return float(np.mean(np.sum(np.asarray(found) * wanted, axis=1) ** 2))
 
-        start = direction(0)
+        start = exact(0)
         return {
-            "exact": [share(direction(count)) for count in iterations],
-            "difference": [share(by_difference(params, x, start, c, xi)) for c in iterations],
+            "exact": [share(exact(count)) for count in iterations],
+            "difference": [
+                share(by_difference(params, x, start, iterations=count, xi=xi))
+                for count in iterations
+            ],
         }

@@ -51,9 +51,10 @@ def dots(
                 ha="center", color="C3", arrowprops={"arrowstyle": "->", "color": "C3"},
             )  # fmt: skip
             continue
-        inside = x[abs(x) <= reach]
-        axis.plot(inside, np.full(len(inside), row), "o", color="C0", alpha=0.25, ms=4, mew=0)
-        axis.errorbar(mean, row, xerr=error, fmt="o", color="C0", ms=6, capsize=3)
+        height = row + np.linspace(-0.28, 0.28, len(x))  # or equal values would hide one another
+        shown = abs(x) <= reach
+        axis.plot(x[shown], height[shown], "o", color="C0", alpha=0.35, ms=3.5, mew=0)
+        axis.errorbar(mean, row, xerr=error, fmt="D", color="k", ms=5, capsize=4)
     axis.set_yticks(range(len(order)), order)
     low = min([-reach if values[n].mean() < -reach else values[n].min() for n in order])
     high = max([reach if values[n].mean() > reach else values[n].max() for n in order])
