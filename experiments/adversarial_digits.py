@@ -243,7 +243,7 @@ def draw(path: pathlib.Path, config: Any, measured: list[dict[str, Any]]) -> Non
             first,
             gains,
             f"gain over plain training ({plain.mean():.1f}%)",
-            "percentage points of test accuracy",
+            "points of test accuracy: networks, mean, two errors",
         )
         pictures.lines(
             second, strengths, under, "test accuracy under FGM", "length of the perturbation", "%"

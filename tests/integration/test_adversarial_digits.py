@@ -233,15 +233,26 @@ def test_what_each_method_minimises(x64):
     assert set(found) == set(expected) | set(by_difference)
 
 
-def test_activations_are_those_of_the_names():
+def test_activations_are_those_of_the_names(x64):
+    """The largest penalty on two layers, with both activations."""
     known = methods(get_config().methods)
-    x = jnp.array([-1.0, 2.0])
+    rng = np.random.default_rng(0)
+    w1, w2, x, y = (*(rng.normal(size=s) for s in ((64, 8), (8, 10), (1, 64))), 7)
+    w1 = w1 / 8
+    params = [{"kernel": w1, "bias": np.zeros(8)}, {"kernel": w2, "bias": np.zeros(10)}]
+    z = x @ w1
+    assert (z > 0).any() and (z < 0).any()
+    for name, h, slope in (
+        ("penalty_tanh", np.tanh(z), 1 - np.tanh(z) ** 2),
+        ("penalty_100", np.maximum(z, 0), 1.0 * (z > 0)),
+    ):
+        log_p = scipy.special.log_softmax(h @ w2, axis=1)
+        g = ((np.exp(log_p) - np.eye(10)[[y]]) @ w2.T * slope) @ w1.T
+        found = known[name].objective(params, jnp.asarray(x), jnp.array([y]))
+        np.testing.assert_allclose(found, -log_p[0, y] + 100 * (g**2).sum(), rtol=1e-6)
     for name, method in known.items():
-        wanted = np.tanh([-1, 2]) if name == "penalty_tanh" else [0, 2]
-        np.testing.assert_allclose(method.activation(x), wanted, rtol=1e-6)
-    assert [known[f"penalty_{w}"].label for w in (1, 100)] == [
-        "input penalty 1", "input penalty 100",
-    ]  # fmt: skip
+        assert method.activation is (jnp.tanh if name == "penalty_tanh" else jax.nn.relu)
+    assert known["penalty_1"].label == "input penalty 1"
 
 
 def test_replicas_train_by_themselves():
