@@ -109,8 +109,8 @@ POSTS = (
             "blogjax/models/gan.py",
             "blogjax/nn/spectral_norm.py",
         ),
-        experiments=(),
-        configs=(),
+        experiments=("experiments/gan_ring_2d.py",),
+        configs=("configs/gan_ring_2d.py",),
         tests=(
             "tests/gradients/test_normalization.py",
             "tests/gradients/test_penalties.py",
@@ -120,6 +120,8 @@ POSTS = (
             "tests/losses/test_adversarial_losses.py",
             "tests/models/test_gan.py",
             "tests/nn/test_spectral_norm.py",
+            "tests/metrics/test_sliced_wasserstein.py",
+            "tests/integration/test_gan_ring_2d.py",
         ),
     ),
     Post(
@@ -156,8 +158,16 @@ POSTS = (
             "blogjax/gradients/sharpness.py",
             "blogjax/gradients/smoothness.py",
         ),
-        experiments=("experiments/gradient_penalty_inequality.py",),
-        configs=("configs/gradient_penalty_inequality.py",),
+        experiments=(
+            "experiments/gradient_penalty_inequality.py",
+            "experiments/adversarial_digits.py",
+            "experiments/vat_digits.py",
+        ),
+        configs=(
+            "configs/gradient_penalty_inequality.py",
+            "configs/adversarial_digits.py",
+            "configs/vat_digits.py",
+        ),
         tests=(
             "tests/gradients/test_gradient_bound.py",
             "tests/gradients/test_per_example.py",

@@ -93,7 +93,9 @@ def judge(
     if not low <= high:
         raise ValueError(f"the interval of {statement!r} is empty: low={low}, high={high}")
     value = statistics.fmean(values)
-    spread = statistics.stdev(values) if len(values) > 1 else None
+    spread = None
+    if len(values) > 1:  # stdev raises where a value is not finite
+        spread = statistics.stdev(values) if math.isfinite(value) else math.nan
     margin = near if spread is None else 2 * spread
     verdict: Verdict
     if not judged:

@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 
 import pytest
@@ -295,6 +296,12 @@ def test_verdicts(values, verdict):
     claim = judge("s", "p", "m", values, high=1.0, near=0.1)
     assert claim.verdict == verdict
     assert judge("s", "p", "m", values, high=1.0, near=0.1, judged=False).verdict == "not judged"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_seed_that_is_not_finite_fails_the_claim_and_not_the_run(bad):
+    claim = judge("s", "p", "m", [0.5, bad, 0.5], high=1.0, near=0.1)
+    assert claim.verdict == "fails" and math.isnan(claim.spread)
 
 
 def test_spread_is_the_standard_deviation_between_seeds():
