@@ -25,14 +25,15 @@ def main() -> None:
     from blogjax.train.reporting import read_metrics
     from configs.ddpm import get_config
     from experiments import ddpm
-    from experiments.diffusion import images, model
+    from experiments.diffusion import model
+    from experiments.images import dataset
 
     model.make_optimizer = lambda optim, steps: optax.sgd(1e-3)
     losses = {}
     for view in VIEWS:
         config: Any = get_config("smoke")
         config.mesh.view = view
-        data = images.open_images(config.data)
+        data = dataset.open_images(config.data)
         plan = model.build(config, data.shape, data.num_classes)
         with tempfile.TemporaryDirectory() as folder:
             ddpm.train(plan, config, 0, data, pathlib.Path(folder))

@@ -9,9 +9,7 @@ Differences from the posts: 8 x 8 digits instead of faces, v-prediction and a co
   image dataset of TFDS is trained and sampled in the same way.
 """
 
-import json
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
@@ -19,10 +17,12 @@ import numpy as np
 from blogjax.diffusion import schedules
 from blogjax.train.checkpoint import Best
 from blogjax.train.loop import fit
-from experiments.diffusion import image_claims, images
+from experiments.diffusion import image_claims
 from experiments.diffusion.model import Plan, batch_starts, build, sampler
+from experiments.images import dataset
+from experiments.images.seeds import by_seed, copy_pictures
 from experiments.launch.configs import config_errors
-from experiments.launch.result import Claim, Result, judge, write_json
+from experiments.launch.result import Claim, Result, judge
 
 DDPM, DDIM = "https://kexue.fm/archives/9164", "https://kexue.fm/archives/9181"
 ETAS = {"0": "ddim", "1": "ddpm"}
@@ -45,7 +45,7 @@ def check(config: Any) -> None:
         raise ValueError("model.conditional must be True for the digits: a claim asks for classes")
 
 
-def measure(plan: Plan, params: Any, seed: int, data: images.Images, folder: pathlib.Path) -> Any:
+def measure(plan: Plan, params: Any, seed: int, data: dataset.Images, folder: pathlib.Path) -> Any:
     """Everything the claims rest on, for one seed; draws the pictures beside it."""
     # Not before they are needed: scipy and scikit-learn would delay the first step.
     from sklearn.svm import SVC
@@ -213,7 +213,7 @@ def report(
 def run(config: Any, workdir: pathlib.Path) -> Result:
     """Trains and judges one model per seed; finished seeds are read back."""
     with config_errors():
-        data = images.open_images(config.data)
+        data = dataset.open_images(config.data)
         plan = build(config, data.shape, data.num_classes)
         if data.name == "digits":
             check(config)
@@ -223,18 +223,14 @@ def run(config: Any, workdir: pathlib.Path) -> Result:
             measure_one, report_all = image_claims.measure, image_claims.report
             pictures = ["samples.png"]
     seeds = list(config.train.seeds)
-    folders = {f"seed {s}": workdir / f"seed{s}" if len(seeds) > 1 else workdir for s in seeds}
-    measured = []
-    for seed, folder in zip(seeds, folders.values(), strict=True):
-        stored = folder / "measured.json"
-        if not stored.exists():
-            state = train(plan, config, seed, data, folder)
-            write_json(stored, measure_one(plan, state.averaged_params, seed, data, folder))
-        measured.append(json.loads(stored.read_text()))
+
+    def one(seed: int, folder: pathlib.Path) -> Any:
+        state = train(plan, config, seed, data, folder)
+        return measure_one(plan, state.averaged_params, seed, data, folder)
+
+    folders, measured = by_seed(seeds, workdir, one)
     found = report_all(workdir, folders, measured, config.judge)
-    if len(seeds) > 1:
-        for name in pictures:
-            shutil.copy(folders[f"seed {seeds[0]}"] / name, workdir / name)
+    copy_pictures(workdir, folders, pictures)
     return Result(
         claims=found,
         seeds=seeds,
@@ -243,7 +239,7 @@ def run(config: Any, workdir: pathlib.Path) -> Result:
     )
 
 
-def train(plan: Plan, config: Any, seed: int, data: images.Images, folder: pathlib.Path) -> Any:
+def train(plan: Plan, config: Any, seed: int, data: dataset.Images, folder: pathlib.Path) -> Any:
     """One run of the loop."""
     return fit(
         plan.task,

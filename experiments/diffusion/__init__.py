@@ -1,1 +1,1 @@
-"""What the diffusion experiments share: data, network, optimiser, sampler."""
+"""What the diffusion experiments share: network, optimiser, sampler."""

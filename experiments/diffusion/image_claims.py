@@ -8,11 +8,11 @@ moments: it orders models, and is not an FID, which takes its features from one 
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments.diffusion.images import Images
 from experiments.diffusion.model import SAMPLERS, Plan, batch_starts, sampler
+from experiments.images.dataset import Images
+from experiments.images.samples import MOST_REAL, draw_grid, in_files, unit
 from experiments.launch.result import Claim, judge
 
 PAPER = "https://arxiv.org/abs/2006.11239"
@@ -23,9 +23,6 @@ PUBLISHED_FID = {
     ("ddpm", 50): 8.01, ("ddpm", 100): 5.78, ("ddpm", 1000): 4.73,
     ("ddpm_large", 50): 32.72, ("ddpm_large", 100): 9.99, ("ddpm_large", 1000): 3.17,
 }  # fmt: skip
-
-
-MOST_REAL = 10_000  # held-out images that samples are compared with, and training ones
 
 
 def check(config: Any) -> None:
@@ -46,26 +43,31 @@ def measure(plan: Plan, params: Any, seed: int, data: Images, folder: pathlib.Pa
 
     test = data.first("test", MOST_REAL)
     train = data.first("train", len(test))
-    real = _unit(test)
+    real = unit(test)
     generate = sampler(plan, data.shape)
     found, samples = [], np.empty(0)
     for kind in plan.samples.samplers:
         for steps in plan.samples.steps:
             print(f"sampling: {steps} steps, {kind}", flush=True)
-            samples = _draw(plan, generate, params, seed, kind, steps, folder / "samples")
+            samples = in_files(
+                folder / "samples" / f"{kind}_{steps}",
+                plan.samples.num,
+                batch_starts(plan),
+                lambda first, kind=kind, steps=steps: generate(params, seed, steps, kind, first),
+            )
             found.append(
                 {
                     "sampler": kind,
                     "steps": steps,
-                    "frechet": frechet_distance_from_samples(_unit(samples), real),
+                    "frechet": frechet_distance_from_samples(unit(samples), real),
                     "published_fid": published_fid(data.name, plan.optimizer, kind, steps),
                 }
             )
-    _draw_samples(folder, samples, test)
+    draw_grid(folder / "samples.png", samples[:64] / 255, test[:64] / 255)
     return {
         "samples": plan.samples.num,
         "by_sampler": found,
-        "frechet_floor": frechet_distance_from_samples(_unit(train), real),
+        "frechet_floor": frechet_distance_from_samples(unit(train), real),
     }
 
 
@@ -74,54 +76,6 @@ def published_fid(dataset: str, optimizer: str, sampler: str, steps: int) -> flo
     if (dataset, optimizer) != ("cifar10", "adam"):
         return None
     return PUBLISHED_FID.get((sampler, steps))
-
-
-def _unit(images: np.ndarray) -> np.ndarray:
-    """Bytes as pixels in [-1, 1]."""
-    return images.astype(np.float32) / 127.5 - 1
-
-
-def _draw(
-    plan: Plan, generate: Any, params: Any, seed: int, kind: str, steps: int, folder: pathlib.Path
-) -> np.ndarray:
-    """All samples of one sampler, uint8 `[num, H, W, C]`, each batch kept in a file of its own."""
-    folder = folder / f"{kind}_{steps}"
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for first in batch_starts(plan):
-        path = folder / f"{first:06d}.npy"
-        if not path.exists():
-            images = generate(params, seed, steps, kind, first)
-            pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
-            if jax.process_index() == 0:
-                temporary = path.with_suffix(".tmp")
-                with temporary.open("wb") as file:
-                    np.save(file, pixels)
-                temporary.replace(path)
-            parts.append(pixels)
-        else:
-            parts.append(np.load(path))
-    samples = np.concatenate(parts)
-    if len(samples) != plan.samples.num:
-        raise ValueError(
-            f"{folder} holds {len(samples)} samples where {plan.samples.num} were asked for"
-        )
-    return samples
-
-
-def _draw_samples(folder: pathlib.Path, samples: np.ndarray, real: np.ndarray) -> None:
-    from experiments.launch.pictures import image_panels
-
-    size = min(8, int(np.sqrt(min(len(samples), len(real)))))
-    grids = {
-        "samples of the model": samples[: size**2],
-        "real images, held out": real[: size**2],
-    }
-    image_panels(
-        folder / "samples.png",
-        {n: g.reshape(size, size, *g.shape[1:]) / 255 for n, g in grids.items()},
-        columns=[""] * size,
-    )
 
 
 def report(

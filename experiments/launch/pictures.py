@@ -114,8 +114,10 @@ def curves(
                 evaluated["step"], evaluated["loss"], "o--", color=f"C{i}", ms=4,
                 label=f"validation{suffix}",
             )  # fmt: skip
-        high = np.nanpercentile(train["loss"], 98) if len(train["loss"]) else None
-        axes[0].set_ylim(0, high if i == 0 else max(high or 0, axes[0].get_ylim()[1]))
+        if len(train["loss"]):
+            low, high = np.nanpercentile(train["loss"], [2, 98])
+            below, above = (0, high) if i == 0 else axes[0].get_ylim()
+            axes[0].set_ylim(min(low, below), max(high, above))
     axes[0].set(title="loss", xlabel="step")
     for axis, panel in zip(axes[1:], panels, strict=True):
         for i, (label, (x, y)) in enumerate(panel["lines"].items()):

@@ -17,7 +17,8 @@ from blogjax.tasks.augmentation import random_horizontal_flip
 from blogjax.train import mesh as meshes
 from configs.ddpm import get_config
 from experiments import ddpm
-from experiments.diffusion import image_claims, images, model
+from experiments.diffusion import image_claims, model
+from experiments.images import dataset
 from experiments.launch.configs import ConfigError, flatten
 
 SIZES = {"train": 44, "test": 36}
@@ -74,7 +75,7 @@ def small(folder, **changes):
 def test_the_published_setting():
     """Against Ho et al. 2020, section 4 and appendix B, by hand."""
     config = get_config("cifar10")
-    data = images.Images("cifar10", (32, 32, 3), 10, {}, None, None)
+    data = dataset.Images("cifar10", (32, 32, 3), 10, {}, None, None)
     plan = model.build(config, data.shape, data.num_classes)
     abstract = jax.eval_shape(plan.task.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(abstract.params)) == 35_746_307
@@ -240,10 +241,10 @@ def test_sampling_goes_on_where_it_was_stopped(run, monkeypatch):
 @pytest.mark.slow
 def test_memory_and_grain_give_the_same_losses(run, folder, tmp_path):
     workdir, config, _, _ = run
-    data = images.open_images(config.data)
+    data = dataset.open_images(config.data)
     assert isinstance(data.batches("train", 8, 0), data_tfds.Batches)
     config = small(folder, **{"data.serve": "grain"})
-    data = images.open_images(config.data)
+    data = dataset.open_images(config.data)
     assert isinstance(data.batches("train", 8, 0), data_tfds.StreamedBatches)
     plan = model.build(config, data.shape, data.num_classes)
     ddpm.train(plan, config, 0, data, tmp_path)
@@ -256,7 +257,7 @@ def test_memory_and_grain_give_the_same_losses(run, folder, tmp_path):
 def test_bfloat16_computes_low_and_keeps_high(run, folder):
     """The same first loss to bfloat16's precision, with parameters and moments in float32."""
     config = small(folder, **{"model.dtype": "bfloat16"})
-    data = images.open_images(config.data)
+    data = dataset.open_images(config.data)
     plan = model.build(config, data.shape, data.num_classes)
     batch = data.batches("train", 8, 0)(0)
     state = jax.jit(plan.task.init)(jax.random.key(0))
@@ -310,7 +311,7 @@ def test_samples_need_no_classes_where_the_network_has_none(folder):
 
 
 def test_only_the_images_compared_with_are_read(folder):
-    data = images.open_images(small(folder).data)
+    data = dataset.open_images(small(folder).data)
     first = data.first("train", 5)
     assert first.shape == (5, 32, 32, 3) and first.dtype == np.uint8
     whole = data_tfds.load("cifar10", "train", folder)["image"]

@@ -153,7 +153,7 @@ def test_the_views_losses_are_equal(tmp_path, monkeypatch):
     for view in ("jit", "pmap", "shard_map"):
         config = get_config("smoke")
         config.mesh.view = view
-        data = ddpm.images.open_images(config.data)
+        data = ddpm.dataset.open_images(config.data)
         plan = model.build(config, data.shape, data.num_classes)
         assert plan.mesh.size == 8
         assert plan.task.axis_name == per_device.axis_name(view)
