@@ -28,7 +28,7 @@ from blogjax.train import mesh as meshes
 from blogjax.train import per_device
 from blogjax.train.state import abstract_state
 from blogjax.train.task import Batch, Task
-from experiments.adversarial.image_slopes import as_score
+from experiments.adversarial.image_slopes import as_score, check_measure
 from experiments.launch.configs import check_loop, check_ranges
 
 ARCHITECTURES = ("dcgan", "resnet")
@@ -63,6 +63,7 @@ def build(config: Any, image_shape: tuple[int, ...]) -> Plan:
     for name in ("num", "batch_size"):
         if samples[name] < 1:
             raise ValueError(f"sample.{name} must be at least 1, got {samples[name]}")
+    check_measure(config.measure)
     latent, rules = config.model.latent, config.game
     if latent < 1:
         raise ValueError(f"model.latent must be at least 1, got {latent}")

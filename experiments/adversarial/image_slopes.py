@@ -113,6 +113,19 @@ def summary(
     }
 
 
+def check_measure(options: Any) -> None:
+    """Refuses a config's `measure` group that nothing can be measured by.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    for name in ("lines", "parts", "directions"):
+        if options[name] < 1:
+            raise ValueError(f"measure.{name} must be at least 1, got {options[name]}")
+    if options.parts % FINER:
+        raise ValueError(f"measure.parts must be a multiple of {FINER}, got {options.parts}")
+
+
 def measure_critic(
     plan: Any, state: Any, options: Any, real: np.ndarray, fake: np.ndarray, picture: pathlib.Path
 ) -> dict[str, float]:

@@ -7,6 +7,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from tiny_cifar10 import SIZES, prepare
 from tracked_config import Tracked
 
 from blogjax.data import tfds as data_tfds
@@ -21,40 +22,10 @@ from experiments.diffusion import image_claims, model
 from experiments.images import dataset
 from experiments.launch.configs import ConfigError, flatten
 
-SIZES = {"train": 44, "test": 36}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    import PIL.Image
-    import tensorflow_datasets as tfds
-
-    class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("3.0.2")
-
-        def _info(self):
-            features = {
-                "id": tfds.features.Text(),
-                "image": tfds.features.Image(shape=(32, 32, 3)),
-                "label": tfds.features.ClassLabel(num_classes=10),
-            }
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
-            )
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(split) for split in SIZES}
-
-        def _generate_examples(self, split):
-            rng = np.random.default_rng(len(split))
-            for i in range(SIZES[split]):
-                image = PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8))
-                yield i, {"id": f"{split}_{i}", "image": image, "label": i % 10}
-
-    root = tmp_path_factory.mktemp("tfds")
-    tfds.disable_progress_bar()
-    Cifar10(data_dir=str(root), file_format="array_record").download_and_prepare()
-    return root
+    return prepare(tmp_path_factory.mktemp("tfds"))
 
 
 def small(folder, **changes):
