@@ -128,6 +128,58 @@ def test_statistics_move_while_training_only(norm):
     assert abs(trained.examples - judged.examples).max() > 1e-4
 
 
+def test_the_average_is_evaluated_and_rendered(one_device):
+    """With gradient normalisation left out, so that the networks alone say what is expected."""
+    config = changed(**{"game.constraint": "none", "model.norm": "none", "data.flip": True})
+    plan = image_model.build(config, (8, 8, 1))
+    state = jax.device_get(jax.jit(plan.task.init)(jax.random.key(0)))
+    averaged = jax.tree.map(lambda x: x + 0.2, state.ema)
+    state = dataclasses.replace(state, ema=averaged)
+    image = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32)
+    batch = {"image": image, "row": np.arange(16, dtype=np.int32), "weight": np.ones(16)}
+    assert plan.task.evaluate is not None and plan.task.render is not None
+    sums = jax.jit(plan.task.evaluate)(state, batch, jax.random.key(1))
+    shown = jax.jit(plan.task.render)(state, batch, jax.random.key(1))["samples"]
+
+    @jax.jit
+    def expected():
+        keys = fold_in_rows(jax.random.key(1), jnp.arange(16))
+        z = jax.vmap(lambda key: jax.random.normal(key, (4,)))(keys)
+        generator, critic = image_model.networks(config.model, (8, 8, 1))
+        fake = generator.apply({"params": averaged["params"]}, z, train=False)
+        judged = {"params": state.params["critic"]}
+        return fake, critic.apply(judged, image), critic.apply(judged, fake)
+
+    fake, of_real, of_fake = jax.device_get(expected())
+    hinge = np.maximum(0, 1 - of_real) + np.maximum(0, 1 + of_fake)
+    for name, values in (("loss", hinge), ("critic_real", of_real), ("critic_fake", of_fake)):
+        assert float(sums[name][0] / sums[name][1]) == pytest.approx(values.mean(), rel=1e-4)
+    np.testing.assert_allclose(shown, fake / 2 + 0.5, atol=1e-5)
+
+
+def test_what_digits_are_compared_with():
+    """The figures that `data.digits` gives of train and test."""
+    train, test = (dataset.digits.load(name)["image"] for name in ("train", "test"))
+    last = np.eye(10)[[9, *range(9)]]
+
+    class Judge:
+        classes_ = np.arange(10)
+
+        def predict(self, rows):
+            return np.argmax(rows[:, :10] @ last, axis=1)
+
+    config = changed(**{"measure.directions": 3})
+    same = gan.figures(test, train, test, config, Judge())
+    assert same["sliced"] == 0 and same["precision"] == same["recall"] == 1
+    assert abs(same["frechet"]) < 1e-6
+    assert same["nearest"] == pytest.approx(2.08, abs=0.005)
+    whole = gan.figures(train, train, test, config, Judge())
+    assert whole["nearest"] == 0 and whole["frechet"] == pytest.approx(0.407, abs=0.001)
+    assert 0 < whole["sliced"] < 0.2 and whole["recall"] != whole["precision"]
+    shares = np.bincount(Judge().predict(train.reshape(-1, 64)), minlength=10) / 1287
+    np.testing.assert_allclose(whole["classes"], shares)
+
+
 def measurement(**changes):
     sets = {
         "frechet": (0.8, 0.4, 0.5), "sliced": (0.06, 0.05, 0.08), "precision": (0.8, 0.9, 0.2),
