@@ -21,25 +21,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from blogjax.core.norms import power_of_two
 from blogjax.optim.checks import check_at_least, check_floating, check_updates, leaf_name
 
 Scope = Literal["global", "leaf", "row"]
 
-_EXPONENT = {
-    jnp.dtype(jnp.float32): (jnp.uint32, 0x7F800000),
-    jnp.dtype(jnp.float64): (jnp.uint64, 0x7FF0000000000000),
-}
-
 
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _power_of_two(x: jax.Array) -> jax.Array:
-    """2^floor(log2 x) for x > 0; 0 at 0 and for subnormals, infinity for infinity and NaN."""
-    integer, mask = _EXPONENT[x.dtype]
-    bits = jax.lax.bitcast_convert_type(x, integer) & jnp.asarray(mask, integer)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _normalize_together(leaves: list[jax.Array], eps: Any, by_row: bool) -> list[jax.Array]:
@@ -55,11 +44,11 @@ def _normalize_together(leaves: list[jax.Array], eps: Any, by_row: bool) -> list
     top = largest[0] if by_row else jnp.max(jnp.stack(jnp.broadcast_arrays(*largest)))
     # Division by a power of two is exact: no square under- or overflows, and a gradient times 2^k
     # gives the same bits.
-    power = _power_of_two(top)
-    something = power > 0
-    power = jnp.where(something, power, 1)
+    power = power_of_two(top)
+    something = ~(top < jnp.finfo(top.dtype).tiny)  # NaN is something
     scaled = [x / power.astype(x.dtype) for x in wide]
     norm = jnp.sqrt(sum(over(jnp.sum, x * x).astype(top.dtype) for x in scaled))
+    norm = norm + 0 * top  # NaN where there is an infinity, which alone would leave zeros
     # Where there is something, its largest entry is now in [1, 2) and so the norm at least 1.
     divisor = jnp.where(something, norm + eps / power, 1)
     return [
