@@ -1,7 +1,7 @@
 """Norms of trees and of examples, in float32 or better whatever the arrays are."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,18 @@ _EXPONENT = {
     jnp.dtype(jnp.float32): (jnp.uint32, 0x7F800000),
     jnp.dtype(jnp.float64): (jnp.uint64, 0x7FF0000000000000),
 }
+
+
+T = TypeVar("T")
+
+
+def at_least_float32(tree: T) -> T:
+    """Casts the leaves of a tree, or one array, to float32 or better: float64 stays.
+
+    >>> at_least_float32({"a": jnp.ones(2, jnp.bfloat16)})["a"].dtype
+    dtype('float32')
+    """
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -32,7 +44,7 @@ def global_norm(tree: Any) -> jax.Array:
     >>> float(global_norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])}))
     5.0
     """
-    leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(at_least_float32(tree))
     # Biases and scales go through one reduction together: each kernel less compiles faster.
     small = [x.ravel() for x in leaves if x.size < _SMALL]
     leaves = [x for x in leaves if x.size >= _SMALL]
@@ -99,7 +111,7 @@ def per_example_norm(x: jax.Array, batch_ndim: int = 1) -> jax.Array:
     if x.ndim < batch_ndim:
         raise ValueError(f"x of shape {x.shape} has fewer than batch_ndim={batch_ndim} axes")
     kept, size = x.shape[:batch_ndim], math.prod(x.shape[batch_ndim:])
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*kept, size)
+    wide = at_least_float32(x).reshape(*kept, size)
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(wide)), axis=-1, keepdims=True, initial=0)
     power = power_of_two(largest)
     squares = jnp.sum(jnp.square(wide / power), axis=-1)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from blogjax.core.norms import at_least_float32
 from blogjax.core.random import Key
 from blogjax.gradients.perturbation import (
     Norm,
@@ -35,7 +36,6 @@ from blogjax.gradients.perturbation import (
     random_in_ball,
     scale,
     steepest_ascent,
-    wide,
 )
 
 
@@ -47,9 +47,9 @@ def _input_gradient(loss: Callable[..., jax.Array], rows: tuple[int, ...]) -> Ca
         if values.shape != rows:
             kind = "one number per example" if rows else "one number, as per_example=False asks for"
             raise ValueError(f"the loss must return {kind}, shape {rows}, got {values.shape}")
-        return jnp.sum(wide(values))
+        return jnp.sum(at_least_float32(values))
 
-    return lambda params, x, args: wide(jax.grad(total)(x, params, args))
+    return lambda params, x, args: at_least_float32(jax.grad(total)(x, params, args))
 
 
 def fast_gradient(
@@ -184,7 +184,7 @@ def projected_gradient(
     x = arrays(x)
     rows = examples(x, per_example)
     params, given, args = constant((params, x, args))
-    start = wide(given)
+    start = at_least_float32(given)
     gradient = _input_gradient(loss, rows)
 
     def project(r: Any) -> Any:

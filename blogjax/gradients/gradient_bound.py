@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blogjax.core.norms import at_least_float32
 from blogjax.gradients.per_example import (
     Activation,
     Layer,
@@ -143,10 +144,9 @@ def _measure(
     activation: Activation | Sequence[Activation],
     norm: Norm,
 ) -> _Measured:
-    wide = lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32))  # noqa: E731
-    layers = jax.tree.map(wide, mlp_layers(params))
+    layers = at_least_float32(mlp_layers(params))
     as_params = [layer._asdict() for layer in layers]
-    x = wide(x)
+    x = at_least_float32(x)
     signals = layer_signals(as_params, x, loss, *args, activation=activation)
     functions = layer_activations(activation, len(layers))
 

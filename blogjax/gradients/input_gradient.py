@@ -18,17 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from blogjax.core.labels import leaf_name
+from blogjax.core.norms import at_least_float32
 
 Critic = Callable[..., jax.Array]  # critic(params, x, *args) -> [B]; a per-example loss is one too
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """Casts bfloat16 and the like to float32 and leaves float64 alone.
-
-    >>> at_least_float32(jnp.ones(2, jnp.bfloat16)).dtype
-    dtype('float32')
-    """
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def check_rows(x: jax.Array, args: tuple[Any, ...] = ()) -> None:

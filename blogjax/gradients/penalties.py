@@ -27,10 +27,9 @@ from jax.typing import ArrayLike
 
 from blogjax.core import random
 from blogjax.core.broadcasting import per_example, sum_except
-from blogjax.core.norms import global_norm, per_example_norm
+from blogjax.core.norms import at_least_float32, global_norm, per_example_norm
 from blogjax.gradients.input_gradient import (
     Critic,
-    at_least_float32,
     check_rows,
     value_and_input_gradient,
 )
@@ -330,7 +329,7 @@ def parameter_gradient_penalty(
         return value
 
     if method == "exact":
-        leaves = [at_least_float32(g) for g in jax.tree.leaves(jax.grad(checked)(params))]
+        leaves = jax.tree.leaves(at_least_float32(jax.grad(checked)(params)))
         return sum((jnp.sum(jnp.square(g)) for g in leaves), jnp.zeros((), jnp.float32))
 
     batch = jax.tree.map(
@@ -358,4 +357,4 @@ def parameter_gradient_penalty(
         return (jax.tree.map(lambda s: cotangent.astype(s.dtype) * s, slope),)
 
     penalty.defvjp(forward, backward)
-    return penalty(jax.tree.map(at_least_float32, params))
+    return penalty(at_least_float32(params))

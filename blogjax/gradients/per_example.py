@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blogjax.core.norms import at_least_float32
+
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -255,7 +257,7 @@ def squared_norms_by_layer(params: Any, signals: LayerSignals) -> tuple[jax.Arra
 
 
 def _row_squares(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))), axis=-1)
+    return jnp.sum(jnp.square(at_least_float32(x)), axis=-1)
 
 
 def per_example_gradient_norms(

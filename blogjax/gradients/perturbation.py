@@ -19,14 +19,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from blogjax.core.norms import at_least_float32
 from blogjax.core.random import Key, normal, split_keys, uniform
 
 Norm = Literal["l2", "linf"]
-
-
-def wide(tree: Any) -> Any:
-    """Casts every leaf to float32 or better."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def arrays(tree: Any) -> Any:
@@ -161,7 +157,7 @@ def steepest_ascent(gradient: Any, *, norm: Norm = "l2", per_example: bool = Tru
     """
     check_norm(norm)
     examples(gradient, per_example, "gradient")
-    gradient = wide(gradient)
+    gradient = at_least_float32(gradient)
     return jax.tree.map(jnp.sign, gradient) if norm == "linf" else _unit(gradient, per_example)
 
 

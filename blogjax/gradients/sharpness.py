@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from blogjax.gradients.perturbation import check_size, steepest_ascent, wide
+from blogjax.core.norms import at_least_float32
+from blogjax.gradients.perturbation import check_size, steepest_ascent
 
 Axis = str | tuple[str, ...] | None
 
@@ -194,8 +195,10 @@ def gradient_norm_penalty(
     value, aux, here, there = _beside(function, params, rho, axis_name, sync, mask)
 
     def mix(a: jax.Array, b: jax.Array) -> jax.Array:
-        share = jnp.asarray(alpha, jnp.promote_types(a.dtype, jnp.float32))
-        return ((1 - share) * wide(a) + share * wide(b)).astype(a.dtype)
+        dtype = a.dtype
+        a, b = at_least_float32((a, b))
+        share = jnp.asarray(alpha, a.dtype)
+        return ((1 - share) * a + share * b).astype(dtype)
 
     return _result(value, aux, has_aux, jax.tree.map(mix, here, there))
 
@@ -243,14 +246,16 @@ def implicit_gradient_regularization(
     value, aux, mean = _mean((value, aux, own), axis_name)
     _, curved = along(_own(mean, axis_name))
     curved = _mean(curved, axis_name)
-    square = sum(jnp.sum(jnp.square(wide(g))) for g in jax.tree.leaves(mean))
+    wide, curved = at_least_float32((mean, curved))
+    square = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(wide))
     rate = jnp.asarray(learning_rate, jnp.result_type(square, jnp.float32))
     grads = jax.tree.map(
-        lambda g, c: (wide(g) + rate.astype(wide(g).dtype) / 2 * wide(c)).astype(g.dtype),
+        lambda like, g, c: (g + rate.astype(g.dtype) / 2 * c).astype(like.dtype),
         mean,
+        wide,
         curved,
     )
-    value = wide(value) + rate / 4 * square
+    value = at_least_float32(value) + rate / 4 * square
     return _result(value, aux, has_aux, grads)
 
 
@@ -287,7 +292,7 @@ def flooding(loss_value: jax.Array, level: ArrayLike) -> jax.Array:
             f"{jnp.shape(loss_value)}, the level {jnp.shape(level)}, but both must be ()"
         )
     loss_value = jnp.asarray(loss_value)
-    value = wide(loss_value)
+    value = at_least_float32(loss_value)
     floor = jnp.asarray(level, value.dtype)
     flooded = jnp.where(value >= floor, value, 2 * floor - value)
     return flooded.astype(loss_value.dtype)

@@ -29,10 +29,10 @@ from jax.typing import ArrayLike
 
 from blogjax.core import random
 from blogjax.core.broadcasting import sum_except
+from blogjax.core.norms import at_least_float32
 from blogjax.gradients.input_gradient import (
     Critic,
     alone,
-    at_least_float32,
     check_rows,
     scalar_alone,
 )

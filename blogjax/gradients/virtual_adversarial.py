@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from blogjax.core.norms import at_least_float32
 from blogjax.core.random import Key
 from blogjax.gradients.perturbation import (
     arrays,
@@ -38,13 +39,12 @@ from blogjax.gradients.perturbation import (
     scale,
     scale_to_one,
     steepest_ascent,
-    wide,
 )
 
 
 def _kl(logits: jax.Array, other: jax.Array) -> jax.Array:
     """`[B]`: KL(softmax(logits) || softmax(other)); classes of probability 0 count nothing."""
-    log_p, log_q = jax.nn.log_softmax(wide(logits)), jax.nn.log_softmax(wide(other))
+    log_p, log_q = (jax.nn.log_softmax(z) for z in at_least_float32((logits, other)))
     p = jnp.exp(log_p)
     some = p > 0
     terms = jnp.where(some, p * (jnp.where(some, log_p, 0) - jnp.where(some, log_q, 0)), 0)
@@ -105,24 +105,24 @@ def virtual_adversarial_perturbation(
     x = arrays(x)
     rows = examples(x, per_example)
     params, given, args = constant((params, x, args))
-    u = random_direction(keys, wide(given), per_example)
+    u = random_direction(keys, at_least_float32(given), per_example)
     if iterations == 0:
         return finished(u, x, epsilon)
 
     logits, push = jax.linearize(lambda x: predict(params, x, *args), given)
     _check_logits(logits, rows)
     pull = jax.linear_transpose(push, given)
-    p = jax.nn.softmax(wide(logits))
+    p = jax.nn.softmax(at_least_float32(logits))
     likeliest = jnp.argmax(logits, axis=-1, keepdims=True)
 
     def one_step(_: Any, u: Any) -> Any:
-        moved = wide(push(jax.tree.map(lambda a, like: a.astype(like.dtype), u, given)))
+        moved = at_least_float32(push(jax.tree.map(lambda a, like: a.astype(like.dtype), u, given)))
         # Only differences between logits matter. Taken from the likeliest class, whose own is then
         # 0, the mean has no rounding error as large as it is where all other p are tiny.
         moved = moved - jnp.take_along_axis(moved, likeliest, axis=-1)
         moved = p * (moved - jnp.sum(p * moved, axis=-1, keepdims=True))
         (product,) = pull(scale_to_one(moved, per_example).astype(logits.dtype))
-        product = wide(product)
+        product = at_least_float32(product)
         flat = largest_entry(product, per_example) == 0
         new = steepest_ascent(product, per_example=per_example)
         return jax.tree.map(lambda a, b: a + b, scale(u, flat), scale(new, ~flat))

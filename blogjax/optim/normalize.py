@@ -21,14 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blogjax.core.norms import power_of_two
+from blogjax.core.norms import at_least_float32, power_of_two
 from blogjax.optim.checks import check_at_least, check_floating, check_updates, leaf_name
 
 Scope = Literal["global", "leaf", "row"]
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _normalize_together(leaves: list[jax.Array], eps: Any, by_row: bool) -> list[jax.Array]:
@@ -37,7 +33,7 @@ def _normalize_together(leaves: list[jax.Array], eps: Any, by_row: bool) -> list
     def over(reduce: Any, x: jax.Array) -> jax.Array:
         return reduce(x, axis=tuple(range(1, x.ndim)), keepdims=True) if by_row else reduce(x)
 
-    wide = [_wide(x) for x in leaves]
+    wide = at_least_float32(leaves)
     largest = [over(jnp.max, jnp.abs(x)) for x in wide if x.size]
     if not largest:
         return leaves
@@ -155,7 +151,7 @@ def centralize_gradients(output_axis: int = -1) -> optax.GradientTransformation:
                 f"gradient {leaf_name(path)} of shape {g.shape} has no axis {output_axis}"
             )
         others = tuple(i for i in range(g.ndim) if i != output_axis % g.ndim)
-        wide = _wide(g)
+        wide = at_least_float32(g)
         return (wide - jnp.mean(wide, axis=others, keepdims=True)).astype(g.dtype)
 
     def update_fn(
