@@ -22,17 +22,20 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from blogjax.core import random
 from blogjax.core.broadcasting import per_example, sum_except
+from blogjax.core.labels import leaf_name
 from blogjax.core.norms import at_least_float32, global_norm, per_example_norm
 from blogjax.gradients.input_gradient import (
     Critic,
     check_rows,
     value_and_input_gradient,
 )
+from blogjax.gradients.perturbation import check_size
 
 Noise = Literal["uniform", "normal"]
 Reduction = Literal["none", "mean", "sum"]
@@ -265,9 +268,27 @@ def _not_differentiable(x: jax.Array) -> jax.Array:
 @_not_differentiable.defjvp
 def _refuse(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     raise ValueError(
-        "method='difference' has a derivative by the parameters only, but was differentiated by an "
-        f"argument of the batch, of shape {jnp.shape(primals[0])}: take method='exact'"
+        "method='difference' has a derivative by the parameters only, but was differentiated by "
+        "another array that the loss depends on, an argument of the batch or one that it closes "
+        f"over, of shape {jnp.shape(primals[0])}: take method='exact'"
     )
+
+
+def _without_closure(
+    loss: Callable[[Any], jax.Array], params: Any
+) -> tuple[Callable[[Any, list[Any]], jax.Array], list[Any]]:
+    """`loss` as a function of the parameters and of the arrays it closes over, and these arrays.
+
+    A custom derivative may be taken long after the trace around it has ended, as in the gradient of
+    a function under `jit` or `scan`. What belongs to that trace must come in as an argument.
+    """
+    closed = jax.make_jaxpr(loss)(params)
+
+    def opened(params: Any, constants: list[Any]) -> jax.Array:
+        jaxpr = jax.extend.core.ClosedJaxpr(closed.jaxpr, constants)
+        return jax.extend.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(params))[0]
+
+    return opened, [_not_differentiable(constant) for constant in closed.consts]
 
 
 def parameter_gradient_penalty(
@@ -293,22 +314,27 @@ def parameter_gradient_penalty(
     Numerics: norms in float32 or better; under "difference" parameters narrower than that are cast
     to float32 for all of it, else the step would be rounded away. At a zero gradient the value and
     its gradient are 0. A loss that computes in bfloat16 inside drowns the difference: take "exact".
-    Under pmap it is the penalty of each device's own batch, not of the mean gradient.
+
+    Over devices: under `pmap`, and `shard_map(check_vma=False)`, it is the penalty of each device's
+    own batch; with `check_vma=True`, where jax sums gradients by replicated parameters, that of the
+    sum. `sharpness.implicit_gradient_regularization` has the one of the mean.
 
     Args:
       loss: `loss(params, *batch) -> []`, the mean over the batch.
       params: pytree of real floating arrays.
       batch: further arguments, of any kind.
       method: how it is differentiated.
-      step: `r`, the length of the step under "difference", over all parameters together.
+      step: `r`, the length of the step under "difference", over all parameters together; a number
+        above 0, or a traced scalar.
 
     Returns:
       Scalar, float32 or better.
 
     Raises:
-      ValueError: if the loss is no scalar, the method is unknown, or "difference" is differentiated
-        by the batch.
-      TypeError: from JAX, if "difference" is differentiated in forward mode.
+      ValueError: if the loss is no scalar, the method is unknown, the step is not one number above
+        0, or "difference" is differentiated by what is no parameter.
+      TypeError: at a parameter that is not real floating; from JAX, if "difference" is
+        differentiated in forward mode.
 
     >>> loss = lambda params, x: params["a"] * x + 0.5 * params["b"] ** 2
     >>> params = {"a": jnp.array(1.0), "b": jnp.array(3.0)}
@@ -324,37 +350,43 @@ def parameter_gradient_penalty(
 
     def checked(params: Any) -> jax.Array:
         value = loss(params, *batch)
-        if value.shape != ():
-            raise ValueError(f"loss has shape {value.shape}, but must be a scalar: ()")
+        if jnp.shape(value) != ():
+            raise ValueError(f"loss has shape {jnp.shape(value)}, but must be a scalar: ()")
         return value
 
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"the parameter {leaf_name(path)} is {jnp.result_type(leaf)}, but must be real and "
+                "floating to be differentiated by"
+            )
     if method == "exact":
         leaves = jax.tree.leaves(at_least_float32(jax.grad(checked)(params)))
         return sum((jnp.sum(jnp.square(g)) for g in leaves), jnp.zeros((), jnp.float32))
 
-    batch = jax.tree.map(
-        lambda leaf: _not_differentiable(leaf) if isinstance(leaf, jax.Array) else leaf, batch
-    )
+    check_size("step", step, positive=True)
+    params = at_least_float32(jax.tree.map(jnp.asarray, params))
+    opened, constants = _without_closure(checked, params)
 
     @jax.custom_vjp
-    def penalty(params: Any) -> jax.Array:
-        return jnp.square(global_norm(jax.grad(checked)(params)))
+    def penalty(params: Any, constants: list[Any], step: ArrayLike) -> jax.Array:
+        return jnp.square(global_norm(jax.grad(opened)(params, constants)))
 
-    def forward(params: Any) -> tuple[jax.Array, Any]:
-        gradient = jax.grad(checked)(params)
+    def forward(params: Any, constants: list[Any], step: ArrayLike) -> tuple[jax.Array, Any]:
+        gradient = jax.grad(opened)(params, constants)
         norm = global_norm(gradient)
         length = jnp.where(norm == 0, 0, step / jnp.where(norm == 0, 1, norm))
         moved = jax.tree.map(lambda p, g: p + length.astype(p.dtype) * g, params, gradient)
         factor = 2 * norm / step
         slope = jax.tree.map(
             lambda there, here: factor.astype(here.dtype) * (there - here),
-            jax.grad(checked)(moved),
+            jax.grad(opened)(moved, constants),
             gradient,
         )
         return jnp.square(norm), slope
 
-    def backward(slope: Any, cotangent: jax.Array) -> tuple[Any]:
-        return (jax.tree.map(lambda s: cotangent.astype(s.dtype) * s, slope),)
+    def backward(slope: Any, cotangent: jax.Array) -> tuple[Any, None, None]:
+        return jax.tree.map(lambda s: cotangent.astype(s.dtype) * s, slope), None, None
 
     penalty.defvjp(forward, backward)
-    return penalty(at_least_float32(params))
+    return penalty(params, constants, jnp.asarray(step, jnp.float32))

@@ -35,8 +35,8 @@ def constant(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)
 
 
-def check_size(name: str, value: Any) -> None:
-    """Raises unless `value` is one number, and at least 0 if it is known.
+def check_size(name: str, value: Any, positive: bool = False) -> None:
+    """Raises unless `value` is one number, and at least 0 if it is known, or above 0.
 
     Raises:
       ValueError: naming the value.
@@ -48,7 +48,11 @@ def check_size(name: str, value: Any) -> None:
     """
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} has shape {jnp.shape(value)}, but must be one number")
-    if not isinstance(value, Tracer) and not float(value) >= 0:
+    if isinstance(value, Tracer):
+        return
+    if positive and not float(value) > 0:
+        raise ValueError(f"{name}={value} must be above 0")
+    if not float(value) >= 0:
         raise ValueError(f"{name}={value} must be at least 0")
 
 

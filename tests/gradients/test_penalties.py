@@ -268,6 +268,16 @@ def test_by_the_batch_the_exact_penalty_is_right_and_the_difference_refuses():
         with pytest.raises(ValueError, match=r"'difference' .* of shape \(\): take .*'exact'"):
             jax.grad(wrap(penalty))(2.0, "difference")
 
+    # Also where the loss closes over it, under jit or not.
+    def closed(scale):
+        return parameter_gradient_penalty(
+            lambda p: quadratic(p, scale), params, method="difference"
+        )
+
+    for function in (closed, jax.jit(closed)):
+        with pytest.raises(ValueError, match=r"one that it closes over, of shape \(\): take"):
+            jax.grad(function)(2.0)
+
     def forward(a):
         return parameter_gradient_penalty(quadratic, params | {"a": a}, 1.0, method="difference")
 
@@ -290,6 +300,30 @@ def test_the_differences_error_is_of_first_order_in_the_step(x64):
 
 
 @pytest.mark.parametrize("method", ["exact", "difference"])
+@pytest.mark.parametrize("trace", [jax.jit, jax.checkpoint])
+def test_the_derivative_may_be_taken_when_the_trace_is_over(trace, method):
+    """sum_i (w_{r_i})^2: the penalty is 4 sum w^2 over the rows, its gradient 8 w on them."""
+
+    def penalty(w, rows, step):
+        loss = lambda w: jnp.sum(w[rows] ** 2)  # noqa: E731
+        return parameter_gradient_penalty(loss, w, method=method, step=step)
+
+    rows = jnp.array([2, 0])
+    slope = jax.grad(trace(penalty))(jnp.array([1.0, 2.0, 3.0]), rows, 0.01)
+    np.testing.assert_allclose(slope, [8.0, 0.0, 24.0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["exact", "difference"])
+def test_parameters_are_real_numbers(method):
+    def penalty(params):
+        return parameter_gradient_penalty(lambda p: p["a"] ** 2, params, method=method)
+
+    assert penalty({"a": 3.0, "none": None}) == 36
+    with pytest.raises(TypeError, match="parameter steps is int32, but must be real and floating"):
+        penalty({"a": jnp.float32(3.0), "steps": jnp.int32(1)})
+
+
+@pytest.mark.parametrize("method", ["exact", "difference"])
 def test_the_parameter_penalty_at_a_minimum(method):
     def penalty(theta):
         return parameter_gradient_penalty(lambda t: jnp.sum(t**2), theta, method=method)
@@ -299,6 +333,10 @@ def test_the_parameter_penalty_at_a_minimum(method):
     np.testing.assert_array_equal(slope, np.zeros(3))
     many = jax.vmap(penalty)(jnp.array([[0.0, 0.0], [1.0, 2.0]]))
     np.testing.assert_allclose(many, [0.0, 20.0], rtol=1e-6)
+
+
+def by(step):
+    return {"method": "difference", "step": step}
 
 
 @pytest.mark.parametrize(
@@ -318,6 +356,8 @@ def test_the_parameter_penalty_at_a_minimum(method):
         ),
         (lambda x: parameter_gradient_penalty(linear, jnp.ones(3), x), r"loss has shape \(4,\)"),
         (lambda x: parameter_gradient_penalty(linear, x, x, method="fd"), "'exact', 'difference'"),
+        (lambda x: parameter_gradient_penalty(jnp.sum, x, **by(x)), r"step has shape \(4, 3\)"),
+        (lambda x: parameter_gradient_penalty(jnp.sum, x, **by(0.0)), "step=0.0 must be above 0"),
         (lambda x: interpolate(jax.random.key(0), x, x[:2]), r"\(4, 3\).*\(2, 3\)"),
         (lambda x: dragan_points(jax.random.key(0), x, noise="cube"), "'uniform', 'normal'"),
         (lambda x: dragan_points(jax.random.key(0), x, std=x), r"std has shape \(4, 3\)"),
