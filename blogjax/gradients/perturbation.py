@@ -11,6 +11,7 @@ A tree here is an array or a pytree of arrays. "Per example" it has one axis of 
 in every leaf, and what belongs to an example is taken from all leaves together.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -54,6 +55,29 @@ def check_size(name: str, value: Any, positive: bool = False) -> None:
         raise ValueError(f"{name}={value} must be above 0")
     if not float(value) >= 0:
         raise ValueError(f"{name}={value} must be at least 0")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises unless `value` is an integer that is known when the function is traced.
+
+    Raises:
+      TypeError: at anything else, such as a traced number.
+      ValueError: below `least`.
+
+    >>> check_count("steps", 0, 1)
+    Traceback (most recent call last):
+        ...
+    ValueError: steps=0 must be at least 1
+    """
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is {value!r}, but must be an integer known when the function is traced: under "
+            f"jit it belongs in static_argnames"
+        ) from error
+    if count < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def check_norm(norm: str) -> None:
@@ -177,8 +201,12 @@ def finished(direction: Any, x: Any, epsilon: ArrayLike = 1.0) -> Any:
 def _drawn_like(draw: Callable[..., jax.Array], keys: Key, tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     each = split_keys(keys, len(leaves)) if len(leaves) > 1 else (keys,)
-    pairs = zip(each, leaves, strict=True)
-    return jax.tree.unflatten(structure, [draw(k, x.shape, x.dtype) for k, x in pairs])
+    # Plus zeros: under shard_map one key for all devices gives noise that is said not to vary over
+    # them, and a loop that adds it to what does vary would not be accepted.
+    noise = [
+        draw(k, x.shape, x.dtype) + jnp.zeros_like(x) for k, x in zip(each, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noise)
 
 
 def random_direction(keys: Key, tree: Any, per_example: bool) -> Any:

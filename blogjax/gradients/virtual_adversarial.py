@@ -30,6 +30,7 @@ from blogjax.core.norms import at_least_float32
 from blogjax.core.random import Key
 from blogjax.gradients.perturbation import (
     arrays,
+    check_count,
     check_size,
     constant,
     examples,
@@ -46,7 +47,7 @@ def _kl(logits: jax.Array, other: jax.Array) -> jax.Array:
     """`[B]`: KL(softmax(logits) || softmax(other)); classes of probability 0 count nothing."""
     log_p, log_q = (jax.nn.log_softmax(z) for z in at_least_float32((logits, other)))
     p = jnp.exp(log_p)
-    some = p > 0
+    some = p != 0  # NaN counts
     terms = jnp.where(some, p * (jnp.where(some, log_p, 0) - jnp.where(some, log_q, 0)), 0)
     return jnp.sum(terms, axis=tuple(range(1, terms.ndim)))
 
@@ -88,8 +89,9 @@ def virtual_adversarial_perturbation(
       r like x, a constant to differentiation; `|r| = epsilon`.
 
     Raises:
-      ValueError: if iterations or epsilon is below 0, or shapes do not fit.
-      TypeError: if x is not real floating.
+      ValueError: if iterations or epsilon is below 0, shapes do not fit, or there is one class.
+      TypeError: if x or the logits are not real floating, or iterations is not an integer known
+        when the function is traced.
 
     >>> import jax, jax.numpy as jnp
     >>> keys = jax.random.split(jax.random.key(0), 2)
@@ -100,8 +102,7 @@ def virtual_adversarial_perturbation(
      [0.3 0.4]]
     """
     check_size("epsilon", epsilon)
-    if iterations < 0:
-        raise ValueError(f"iterations={iterations} must be at least 0")
+    check_count("iterations", iterations, 0)
     x = arrays(x)
     rows = examples(x, per_example)
     params, given, args = constant((params, x, args))
@@ -109,8 +110,12 @@ def virtual_adversarial_perturbation(
     if iterations == 0:
         return finished(u, x, epsilon)
 
-    logits, push = jax.linearize(lambda x: predict(params, x, *args), given)
-    _check_logits(logits, rows)
+    def checked(x: Any) -> jax.Array:
+        logits = predict(params, x, *args)
+        _check_logits(logits, rows)
+        return logits
+
+    logits, push = jax.linearize(checked, given)
     pull = jax.linear_transpose(push, given)
     p = jax.nn.softmax(at_least_float32(logits))
     likeliest = jnp.argmax(logits, axis=-1, keepdims=True)
@@ -130,11 +135,19 @@ def virtual_adversarial_perturbation(
     return finished(jax.lax.fori_loop(0, iterations, one_step, u), x, epsilon)
 
 
-def _check_logits(logits: jax.Array, rows: tuple[int, ...]) -> None:
+def _check_logits(logits: Any, rows: tuple[int, ...]) -> None:
+    if not isinstance(logits, jax.Array) or not jnp.issubdtype(logits.dtype, jnp.floating):
+        found = logits.dtype if isinstance(logits, jax.Array) else type(logits)
+        raise TypeError(f"predict must return one real and floating array of logits, got {found}")
     if logits.ndim < 2 or (rows and logits.shape[:1] != rows):
         first = rows[0] if rows else "B"
         raise ValueError(
             f"predict must return logits of shape ({first}, ..., classes), got {logits.shape}"
+        )
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"predict must return logits of at least 2 classes, got shape {logits.shape}: beside a "
+            "single class nothing can change. For one logit z of yes or no give [0, z]"
         )
 
 
@@ -154,7 +167,7 @@ def vat_loss(
     Add its mean over labelled and unlabelled inputs to the loss of the labelled ones.
 
     Numerics: softmax and sums in float32 or better; a class of probability 0 (logit -inf) counts
-    nothing. 0 at epsilon = 0, with gradient 0; rounding can leave -1e-7.
+    nothing; NaN stays in its example. 0 at epsilon = 0, with gradient 0; rounding can leave -1e-7.
 
     Args:
       predict, params, x, keys, args, epsilon, iterations, per_example: as in

@@ -277,8 +277,38 @@ def test_narrow_inputs():
     np.testing.assert_allclose(np.abs(r.astype(jnp.float32)), [[0.6, 0.8]] * 6, atol=0.01)
 
 
+def test_nan_is_not_taken_for_an_impossible_class():
+    w, x = as_jax((RNG.normal(size=(5, 3)), X))
+    loss = vat(linear, w, x.at[1, 2].set(jnp.nan), keys(), epsilon=1.0)
+    np.testing.assert_array_equal(np.isnan(loss), np.arange(6) == 1)
+
+
+def test_one_key_for_all_devices():
+    """Each of two then draws the same noise for its own three rows."""
+    w, x = as_jax((RNG.normal(size=(5, 3)), X))
+
+    def one(w, x, key):
+        return virtual_adversarial_perturbation(linear, w, x, key, epsilon=1.0)
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=(P(), P("d"), P()), out_specs=P("d"))
+    there = jax.jit(mapped)(w, x, jax.random.key(0))
+    for i in (0, 3):
+        here = vap(linear, w, x[i : i + 3], jax.random.key(0), epsilon=1.0)
+        np.testing.assert_allclose(there[i : i + 3], here, rtol=1e-5)
+
+
 def test_bad_input():
     w, x = jnp.ones((5, 3)), as_jax(X)
+    with pytest.raises(ValueError, match=r"at least 2 classes, got shape \(6, 1\).*\[0, z\]"):
+        vat_loss(lambda w, x: x[:, :1], w, x, keys(), epsilon=1.0)
+    for wrong, got in (((X,), "<class 'tuple'>"), (jnp.ones((6, 3), int), "int32")):
+        with pytest.raises(TypeError, match=f"one real and floating array of logits, got {got}"):
+            vat_loss(lambda w, x, wrong=wrong: wrong, w, x, keys(), epsilon=1.0)
+    run = lambda n: vat_loss(linear, w, x, keys(), epsilon=1.0, iterations=n)  # noqa: E731
+    for f, n in ((jax.jit(run), 1), (run, 1.5)):
+        with pytest.raises(TypeError, match=r"iterations is .* must be an integer known when"):
+            f(n)
     with pytest.raises(ValueError, match="iterations=-1 must be at least 0"):
         vat_loss(linear, w, x, keys(), epsilon=1.0, iterations=-1)
     with pytest.raises(ValueError, match=r"epsilon=-1\.0 must be at least 0"):
