@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -27,6 +28,7 @@ from blogjax.core.random import Key
 from blogjax.gradients.perturbation import (
     Norm,
     arrays,
+    check_count,
     check_norm,
     check_size,
     constant,
@@ -47,9 +49,30 @@ def _input_gradient(loss: Callable[..., jax.Array], rows: tuple[int, ...]) -> Ca
         if values.shape != rows:
             kind = "one number per example" if rows else "one number, as per_example=False asks for"
             raise ValueError(f"the loss must return {kind}, shape {rows}, got {values.shape}")
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            raise TypeError(f"the loss is {values.dtype}, but must be real and floating")
         return jnp.sum(at_least_float32(values))
 
     return lambda params, x, args: at_least_float32(jax.grad(total)(x, params, args))
+
+
+def _box(clip_range: tuple[Any, Any], x: Any) -> tuple[Any, Any]:
+    """The two bounds, each as a tree like x."""
+
+    def like_x(bound: Any) -> Any:
+        try:
+            return jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(bound, a.dtype), a.shape), x)
+        except ValueError as error:
+            raise ValueError(
+                f"clip_range has a bound of shape {jnp.shape(bound)}, which does not broadcast to "
+                f"x of shape {jax.tree.map(jnp.shape, x)}"
+            ) from error
+
+    low, high = (like_x(bound) for bound in clip_range)
+    known = not any(isinstance(bound, Tracer) for bound in clip_range)
+    if known and not np.all(np.asarray(clip_range[0]) <= np.asarray(clip_range[1])):
+        raise ValueError(f"clip_range has low={clip_range[0]} above high={clip_range[1]}")
+    return low, high
 
 
 def fast_gradient(
@@ -85,7 +108,7 @@ def fast_gradient(
 
     Raises:
       ValueError: for an unknown norm, epsilon below 0, or shapes that do not fit.
-      TypeError: if x is not real floating.
+      TypeError: if x or the loss is not real floating.
 
     >>> import jax, jax.numpy as jnp
     >>> def loss(params, x, y):
@@ -135,7 +158,7 @@ def projected_gradient(
     norm: Norm = "l2",
     per_example: bool = True,
     keys: Key | None = None,
-    clip_range: tuple[float | jax.Array, float | jax.Array] | None = None,
+    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Any:
     """PGD's perturbation of the input: several steps up the loss, kept within a ball and a box.
 
@@ -156,13 +179,16 @@ def projected_gradient(
       keys: for a random start, uniform in the ball: typed keys `[B]`, or one; a single one for
         `per_example=False`.
       clip_range: `(low, high)`, the least and the greatest value of an input, (0, 1) for images.
+        Numbers, or arrays that broadcast to x, such as one number per channel.
 
     Returns:
       r like x, a constant to differentiation.
 
     Raises:
-      ValueError: as `fast_gradient`, and if steps is below 1 or low above high.
-      TypeError: if x is not real floating.
+      ValueError: as `fast_gradient`, and if steps is below 1, low is above high, or one of them
+        does not broadcast to x.
+      TypeError: as `fast_gradient`, and if steps is not an integer known when the function is
+        traced.
 
     >>> import jax.numpy as jnp
     >>> def loss(params, x):
@@ -175,16 +201,12 @@ def projected_gradient(
     check_size("epsilon", epsilon)
     check_size("step_size", step_size)
     check_norm(norm)
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
-    if clip_range is not None and not any(isinstance(bound, Tracer) for bound in clip_range):
-        low, high = (float(bound) for bound in clip_range)
-        if not low <= high:
-            raise ValueError(f"clip_range has low={low} above high={high}")
+    check_count("steps", steps, 1)
     x = arrays(x)
     rows = examples(x, per_example)
     params, given, args = constant((params, x, args))
     start = at_least_float32(given)
+    box = None if clip_range is None else _box(clip_range, start)
     gradient = _input_gradient(loss, rows)
 
     def project(r: Any) -> Any:
@@ -195,12 +217,9 @@ def projected_gradient(
             length = euclidean_norm(r, per_example)
             outside = length > epsilon
             r = scale(r, jnp.where(outside, epsilon / jnp.where(outside, length, 1), 1))
-        if clip_range is None:
+        if box is None:
             return r
-        low, high = (jnp.asarray(bound) for bound in clip_range)
-        return jax.tree.map(
-            lambda a, r: jnp.clip(a + r, low.astype(a.dtype), high.astype(a.dtype)) - a, start, r
-        )
+        return jax.tree.map(lambda a, r, low, high: jnp.clip(a + r, low, high) - a, start, r, *box)
 
     def one_step(_: Any, r: Any) -> Any:
         here = jax.tree.map(lambda a, r, like: (a + r).astype(like.dtype), start, r, given)

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +114,23 @@ def test_pgd_stays_in_ball_and_box_and_raises_the_loss(norm, seed, epsilon, star
     before, after = mlp(params, x, y), mlp(params, x + r, y)
     assert np.all(after >= before - 1e-5) or start or epsilon == 3.0
     assert epsilon == 0 or np.mean(after) > np.mean(before)
+
+
+def test_a_box_may_differ_between_channels():
+    """Images whose channels were standardised; the loss pulls everything up."""
+    x = jnp.zeros((2, 3, 2))
+    low, high = jnp.array([-1.0, -0.1]), np.array([0.25, 9.0])
+    run = lambda high: projected_gradient(  # noqa: E731
+        lambda w, x: x.sum((1, 2)), None, x, epsilon=0.5, steps=2, step_size=0.5, norm="linf",
+        clip_range=(low, high),
+    )  # fmt: skip
+    for r in (run(high), jax.jit(run)(high), run(np.broadcast_to(high, (2, 3, 2)))):
+        np.testing.assert_array_equal(r, np.broadcast_to([0.25, 0.5], (2, 3, 2)))
+    for shape in ((3,), (2, 1, 3, 2)):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*x of shape \(2, 3, 2\)"):
+            run(np.ones(shape))
+    with pytest.raises(ValueError, match=r"low=\[.*\] above high="):
+        run(np.array([1.0, -0.2]))
 
 
 def test_one_step_from_zero_is_fgm_and_more_steps_beat_it():
@@ -297,5 +316,9 @@ def test_bad_input():
         projected_gradient(logistic, w, x, y, **{**options, "step_size": float("nan")})
     with pytest.raises(ValueError, match=r"low=1\.0 above high=0\.0"):
         projected_gradient(logistic, w, x, y, clip_range=(1.0, 0.0), **options)
+    with pytest.raises(TypeError, match="the loss is int32, but must be real and floating"):
+        fast_gradient(lambda w, x: jnp.zeros(8, int), w, x, epsilon=1.0)
+    with pytest.raises(TypeError, match=r"steps is 2\.5, but must be an integer known when"):
+        projected_gradient(logistic, w, x, y, **{**options, "steps": 2.5})
     with pytest.raises(TypeError, match="of tokens perturb the embeddings"):
         fast_gradient(logistic, w, jnp.arange(8), y, epsilon=1.0)
