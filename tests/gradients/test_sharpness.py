@@ -356,11 +356,30 @@ def test_over_many_distances_and_seeds():
         np.testing.assert_allclose(grads, SAM(quadratic, t, rho=r)[1], rtol=1e-5, atol=1e-6)
 
 
+def test_aux_is_passed_on_and_numbers_are_parameters():
+    """Whatever it holds, as under `jax.value_and_grad`; of L = t^2 at t = 3."""
+    for method, options in METHODS.values():
+        loss = lambda t: (t**2, {"name": "L", "t": t, "n": 3})  # noqa: E731
+        (_, aux), slope = method(loss, 3.0, has_aux=True, **options)
+        assert aux == {"name": "L", "t": 3.0, "n": 3}
+        np.testing.assert_allclose(slope, method(lambda t: t**2, jnp.float32(3), **options)[1])
+
+
 def test_bad_input():
     theta = as_jax(THETA)
     for method, options in METHODS.values():
         with pytest.raises(ValueError, match=r"one number for the batch, shape \(\), got \(4,\)"):
             method(lambda t: t**2, theta, **options)
+        with pytest.raises(TypeError, match="has_aux=False, so the loss must return one array"):
+            method(lambda t: (t @ t, 1), theta, **options)
+        with pytest.raises(TypeError, match=r"has_aux=True, so .* return a pair \(value, aux\)"):
+            method(quadratic, theta, has_aux=True, **options)
+    with pytest.raises(ValueError, match=r"alpha has shape \(4,\), but must be one number"):
+        gradient_norm_penalty(quadratic, theta, rho=0.1, alpha=jnp.ones(4))
+    with pytest.raises(TypeError, match="True and False, but this one has 'frozen'"):
+        sam_gradient(quadratic, theta, rho=0.1, mask="frozen")
+    with pytest.raises(TypeError, match="the loss is int32, but must be real and floating"):
+        flooding(jnp.int32(0), 0.3)
     with pytest.raises(ValueError, match=r"rho=-0\.1 must be at least 0"):
         sam_gradient(quadratic, theta, rho=-0.1)
     with pytest.raises(ValueError, match=r"learning_rate=-0\.1 must be at least 0"):
