@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from blogjax.core.norms import at_least_float32
+from blogjax.core.norms import at_least_float32, power_of_two
 from blogjax.gradients.per_example import (
     Activation,
     Layer,
@@ -41,6 +41,7 @@ from blogjax.gradients.per_example import (
     mlp_layers,
     squared_norms_by_layer,
 )
+from blogjax.gradients.perturbation import check_count
 
 Norm = Callable[[jax.Array], jax.Array]
 
@@ -71,13 +72,27 @@ class BatchGradientBound(NamedTuple):
     layer_rhs: jax.Array
 
 
+def _matrices(matrix: jax.Array) -> jax.Array:
+    if matrix.ndim < 2:
+        raise ValueError(f"a matrix must be [..., m, n], got shape {matrix.shape}")
+    return at_least_float32(matrix)
+
+
 def spectral_norm(matrix: jax.Array) -> jax.Array:
     """Largest singular value, by a singular value decomposition: `[..., m, n] -> [...]`.
+
+    In float32 or better; 0 for a matrix without entries.
+
+    Raises:
+      ValueError: if there are fewer than two axes.
 
     >>> import jax.numpy as jnp
     >>> float(spectral_norm(jnp.array([[3.0, 0.0], [0.0, -4.0]])))
     4.0
     """
+    matrix = _matrices(matrix)
+    if 0 in matrix.shape[-2:]:
+        return jnp.zeros(matrix.shape[:-2], matrix.dtype)
     return jnp.linalg.svd(matrix, compute_uv=False)[..., 0]
 
 
@@ -90,36 +105,41 @@ def power_iteration_norm(matrix: jax.Array, iterations: int = 20) -> jax.Array:
     side it divides becomes too large, so a small violation proves nothing: certify with
     `spectral_norm`.
 
+    Numerics: in float32 or better. Entries are divided by a power of two first, so that no square
+    of a norm over- or underflows.
+
     Args:
       matrix: `[..., m, n]`, real floating.
       iterations: at least 1.
 
     Raises:
       ValueError: if there are fewer than two axes, or no iterations.
+      TypeError: if iterations is not an integer known when the function is traced.
 
     >>> import jax.numpy as jnp
     >>> round(float(power_iteration_norm(jnp.array([[3.0, 0.0], [0.0, -4.0]]))), 4)
     4.0
     """
-    if matrix.ndim < 2:
-        raise ValueError(f"a matrix must be [..., m, n], got shape {matrix.shape}")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    matrix = _matrices(matrix)
+    check_count("iterations", iterations, 1)
+    scale = power_of_two(jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True, initial=0))
+    matrix = matrix / scale
+    # Zeros like a row, so that under shard_map v varies over the devices that the matrix varies on.
     start = jax.random.normal(jax.random.key(0), matrix.shape[-1:], matrix.dtype)
+    zeros = jnp.sum(jnp.zeros_like(matrix), axis=-2)
+    start = zeros + jnp.broadcast_to(start, zeros.shape)
 
     def unit(v: jax.Array) -> jax.Array:
         length = jnp.sqrt(jnp.sum(v * v, axis=-1, keepdims=True))
         return v / jnp.where(length == 0, 1, length)
 
     def step(_: int, v: jax.Array) -> jax.Array:
-        # Normalised in between, so that no square of a norm can overflow.
         u = unit(jnp.einsum("...mn,...n->...m", matrix, v))
         return unit(jnp.einsum("...mn,...m->...n", matrix, u))
 
-    v = unit(jnp.broadcast_to(start, (*matrix.shape[:-2], matrix.shape[-1])))
-    v = jax.lax.fori_loop(0, iterations, step, v)
+    v = jax.lax.fori_loop(0, iterations, step, unit(start))
     image = jnp.einsum("...mn,...n->...m", matrix, v)
-    return jnp.sqrt(jnp.sum(image * image, axis=-1))
+    return jnp.sqrt(jnp.sum(image * image, axis=-1)) * scale[..., 0, 0]
 
 
 class _Measured(NamedTuple):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from blogjax.gradients.gradient_bound import (
     batch_gradient_bound,
@@ -263,19 +265,38 @@ def test_an_orthogonal_kernel_has_spectral_norm_one():
     np.testing.assert_allclose(spectral_norm(np.float32(kernel)), 1, rtol=1e-6)
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1), st.floats(-18, 18))
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1), st.floats(-30, 36))
 def test_power_iteration_is_never_above(m, n, seed, log_scale):
     matrix = np.zeros((2, 6, 6), np.float32)  # one shape to compile; zeros change no norm
     matrix[:, :m, :n] = np.random.default_rng(seed).normal(size=(2, m, n)) * 10**log_scale
     found = POWER(matrix)
     exact = np.linalg.norm(np.float64(matrix), 2, axis=(-2, -1))
     assert (found <= exact * (1 + 1e-5)).all() and (found >= 0.9 * exact).all()
-    rank_one = matrix[:, :, :1] * matrix[:, :1, :] / 10**log_scale
+    rank_one = matrix[:, :, :1] * (matrix[:, :1, :] / 10**log_scale)
     exact = np.linalg.norm(np.float64(rank_one), axis=(-2, -1))
     np.testing.assert_allclose(POWER(rank_one), exact, rtol=1e-5)
 
 
 POWER = jax.jit(power_iteration_norm)
+
+
+@pytest.mark.parametrize("norm", [spectral_norm, power_iteration_norm])
+def test_norms_of_narrow_and_of_empty_matrices(norm):
+    for dtype in (jnp.bfloat16, jnp.float16):
+        ones = norm(jnp.full((301, 500), 300, dtype))  # 500 * 300^2 is no float16, 301 no bfloat16
+        assert ones.dtype == jnp.float32
+        np.testing.assert_allclose(ones, 300 * np.sqrt(301 * 500), rtol=1e-5)
+    for shape in ((2, 0, 3), (2, 3, 0)):
+        assert norm(jnp.zeros(shape)).tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"\[..., m, n\], got shape \(3,\)"):
+        norm(jnp.ones(3))
+
+
+def test_power_iteration_over_devices():
+    matrix = np.random.default_rng(0).normal(size=(2, 3, 3)).astype(np.float32)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    mapped = jax.shard_map(power_iteration_norm, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    np.testing.assert_allclose(jax.jit(mapped)(matrix), POWER(matrix), rtol=1e-6)
 
 
 def test_power_iteration_falls_short_where_singular_values_are_close():
@@ -295,7 +316,5 @@ def test_what_cannot_be_bounded_is_refused():
     assert empty.lhs.shape == (0,) and empty.per_layer.kernel_lhs.shape == (1, 0)
     with pytest.raises(ValueError, match=r"x must be \[B, 2\]"):
         mlp_gradient_bound(params, jnp.ones((3, 3)), first)
-    with pytest.raises(ValueError, match=r"\[..., m, n\], got shape \(3,\)"):
-        power_iteration_norm(jnp.ones(3))
-    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="iterations=0 must be at least 1"):
         power_iteration_norm(jnp.ones((3, 3)), 0)
