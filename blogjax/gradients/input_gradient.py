@@ -32,13 +32,15 @@ def check_rows(x: jax.Array, args: tuple[Any, ...] = ()) -> None:
 
     Raises:
       ValueError: where the leading axes differ, naming both shapes.
-      TypeError: if `x` is not real and floating.
+      TypeError: if `x` is not one array, or not real and floating.
 
     >>> check_rows(jnp.ones((2, 3)), (jnp.arange(4),))
     Traceback (most recent call last):
         ...
     ValueError: args[0] has shape (4,), but x of shape (2, 3) needs 2 rows, one per example; ...
     """
+    if not hasattr(x, "ndim"):
+        raise TypeError(f"x must be one array, [B, ...], got {type(x)}")
     if x.ndim == 0:
         raise ValueError("x has shape (), but needs a leading axis of examples: [B, ...]")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -51,6 +53,11 @@ def check_rows(x: jax.Array, args: tuple[Any, ...] = ()) -> None:
             )
 
 
+def _check_array(out: Any) -> None:
+    if not hasattr(out, "shape"):
+        raise TypeError(f"the output must be one array, [B, ...], got {type(out)}")
+
+
 def alone(function: Callable[..., jax.Array], params: Any) -> Callable[..., jax.Array]:
     """Returns `function` of one example: without the batch axis, to be mapped with `jax.vmap`.
 
@@ -60,7 +67,8 @@ def alone(function: Callable[..., jax.Array], params: Any) -> Callable[..., jax.
 
     Returns:
       `one(x_i, *args_i) -> [...]`, which runs `function` on a batch of one. It raises ValueError if
-      the output does not lead with the batch axis, and TypeError if it is not real and floating.
+      the output does not lead with the batch axis, and TypeError if it is not one array, real and
+      floating.
 
     >>> one = alone(lambda params, x: params * x.sum(-1), 2.0)
     >>> jax.vmap(one)(jnp.ones((4, 3))).tolist()
@@ -69,6 +77,7 @@ def alone(function: Callable[..., jax.Array], params: Any) -> Callable[..., jax.
 
     def one(*example: Any) -> jax.Array:
         out = function(params, *jax.tree.map(lambda leaf: leaf[None], example))
+        _check_array(out)
         if out.shape[:1] != (1,):
             raise ValueError(
                 f"the output for a batch of one has shape {out.shape}, but must lead with the "
@@ -121,7 +130,7 @@ def value_and_input_gradient(
     Raises:
       ValueError: if the critic's output is not one scalar per example (as `[B, 1]` or `[]`), or an
         array in `args` has not B rows.
-      TypeError: if `x` or the output is not real and floating.
+      TypeError: if `x` or the output is not one array, real and floating.
 
     >>> critic = lambda params, x: jnp.sin(x @ params)
     >>> value, gradient = value_and_input_gradient(critic, jnp.array([1.0, 2.0]), jnp.zeros((1, 2)))
@@ -151,9 +160,9 @@ def check_per_example(
         narrow dtypes; it covers that a device multiplies one row differently from many.
 
     Raises:
-      ValueError: if some output depends on other rows, or is NaN, naming the row and both values;
-        if there are fewer than two rows; if the output is not of shape `[B]`.
-      TypeError: if `x` or the output is not real and floating.
+      ValueError: if some output depends on other rows, or is not finite, naming the row and both
+        values; if there are fewer than two rows; if the output is not of shape `[B]`.
+      TypeError: if `x` or the output is not one array, real and floating.
 
     >>> check_per_example(lambda params, x: jnp.tanh(x @ params), jnp.ones(3), jnp.eye(3))
     >>> centred = lambda params, x: (x - x.mean(0)) @ params
@@ -166,6 +175,7 @@ def check_per_example(
     if x.shape[0] < 2:
         raise ValueError(f"x of shape {x.shape} has one row or none, but coupling needs at least 2")
     out = jax.eval_shape(critic, params, x, *args)
+    _check_array(out)
     if out.shape != x.shape[:1]:
         raise ValueError(
             f"the critic's output has shape {out.shape}, but x of shape {x.shape} needs one scalar "
@@ -182,8 +192,16 @@ def check_per_example(
     a, b = (
         np.asarray(jax.device_get(at_least_float32(v)), np.float64) for v in (together, separate)
     )
+    finite = np.isfinite(np.stack([a, b]))
+    if not finite.any(axis=0).all():
+        row = int(np.argmin(finite.any(axis=0)))
+        raise ValueError(
+            f"the critic's outputs cannot be compared: row {row} is {a[row]:.6g} in its batch of "
+            f"{len(a)} and {b[row]:.6g} alone"
+        )
+    largest = np.max(np.abs(np.stack([a, b])), initial=0, where=finite)
     # Written so that NaN counts as different.
-    different = ~(np.abs(a - b) <= tolerance * max(np.max(np.abs(a)), np.max(np.abs(b))))
+    different = ~(np.abs(a - b) <= tolerance * largest)
     if different.any():
         row = int(np.argmax(different))
         raise ValueError(

@@ -296,6 +296,21 @@ def test_outputs_that_are_not_one_scalar_per_example_are_refused(critic, message
         gradient_normalize(critic)(jnp.ones((3, 1)), jnp.ones((4, 3)))
 
 
+def test_what_is_not_one_array_is_refused():
+    x = jnp.ones((4, 3))
+
+    def pair(w, x):
+        return x @ w, x
+
+    for call in (gradient_normalize(pair), lambda *a: check_per_example(pair, *a)):
+        with pytest.raises(
+            TypeError, match=r"the output must be one array, .* got <class 'tuple'>"
+        ):
+            call(jnp.ones(3), x)
+    with pytest.raises(TypeError, match=r"x must be one array, .* got <class 'list'>"):
+        gradient_normalize(linear)(jnp.ones(3), [x])
+
+
 def test_bad_inputs_are_refused():
     critic = gradient_normalize(lambda w, x, *args: x @ w)
     with pytest.raises(TypeError, match="x is uint8"):
@@ -354,8 +369,13 @@ def test_what_check_per_example_says():
         check_per_example(same, jnp.ones(3), x[:1])
     with pytest.raises(ValueError, match=r"shape \(3, 1\).*\(3,\)"):
         check_per_example(same, jnp.ones((3, 1)), x)
-    with pytest.raises(ValueError, match="row 0 is nan"):
-        check_per_example(same, jnp.full(3, jnp.nan), x)
+    for spoilt in (jnp.nan, jnp.inf):
+        expected = f"cannot be compared: row 1 is {spoilt} in its batch of 3 and {spoilt} alone"
+        with pytest.raises(ValueError, match=expected):
+            check_per_example(lambda w, x: jnp.where(x[:, 1] > 0, w, x[:, 0]), spoilt, x)
+        # Statistics of one row are often 0/0: that is coupling.
+        with pytest.raises(ValueError, match=f"couples .* row 0 is 1 in .* but {spoilt} alone"):
+            check_per_example(lambda w, x: x[:, 0] if len(x) > 1 else w + x[:, 0], spoilt, x)
 
 
 def test_no_example_sees_another():
