@@ -1,13 +1,15 @@
 """Critics divided by their own slope: gradient normalisation for GANs.
 
-What: wraps a critic so that its slope is at most 1 by construction (GN, GraN), without a penalty.
+What: wraps a critic such that its slope is at most 1 (GN, GraN) wherever the critic is piecewise
+  linear, by construction and without a penalty.
 Post: https://kexue.fm/archives/8757
 Papers: Wu et al. 2021 (arXiv 2109.02235) for GN; Bhaskara et al. 2022 (arXiv 2111.03162) for GraN
 Equations: with n = |grad_x D(x)|, GN D / (n + |D|), in [-1, 1]; GraN D n / (n^2 + eps); both times
   the Lipschitz constant K.
 Differences from the post: 0 / 0 (a zero critic) is 0, with derivatives 0; the authors' code gives
   NaN. The gradient is each example's own, not that of the sum over the batch. GN takes an eps too,
-  `D / (n + |D| + eps)`, by default 0.
+  `D / (n + |D| + eps)`, by default 0. The generator's step can do without second derivatives where
+  D is piecewise linear, an idea of the later Faster-GNGAN code of GN's authors.
 
 Where D is piecewise linear, n is constant inside each piece and the slope of the result is
 (n / (n + |D|))^2 <= 1 for GN and n^2 / (n^2 + eps) < 1 for GraN. That is all: across a kink n jumps
@@ -18,16 +20,20 @@ GN does not change under D -> a D, a > 0. So the gradient by the last layer is o
 layer, whose norm grows under SGD, and weight decay acts as a change of its learning rate.
 
 Both the critic's and the generator's step differentiate through n, to second order: for an MLP 2.2
-and 1.5 times the operations of the plain step. A gradient penalty costs the first alone.
+and 1.5 times the operations of the plain step, as far as it passes through the critic. A gradient
+penalty costs the first alone, and so does `piecewise_linear=True`.
 """
 
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from blogjax.core.norms import per_example_norm, power_of_two
+from blogjax.core.broadcasting import sum_except
+from blogjax.core.norms import at_least_float32, per_example_norm, power_of_two
 from blogjax.gradients.input_gradient import Critic, value_and_input_gradient
+from blogjax.gradients.perturbation import check_size
 
 Kind = Literal["gn", "gran"]
 
@@ -40,7 +46,7 @@ def _quotient(top: jax.Array, bottom: jax.Array) -> jax.Array:
     return jnp.where(something, top / jnp.where(something, bottom, 1), 0)
 
 
-def _gn(value: jax.Array, norm: jax.Array, eps: float) -> jax.Array:
+def _gn(value: jax.Array, norm: jax.Array, eps: jax.Array) -> jax.Array:
     # In units in which the largest term is near 1 the derivative's square of the divisor exists,
     # however small the critic; division by a power of two changes no bit.
     unit = power_of_two(jnp.maximum(jnp.maximum(jnp.abs(value), norm), eps))
@@ -49,18 +55,33 @@ def _gn(value: jax.Array, norm: jax.Array, eps: float) -> jax.Array:
     return _quotient(value, norm + value * jnp.sign(value) + eps / unit)
 
 
-def _gran(value: jax.Array, norm: jax.Array, eps: float) -> jax.Array:
-    unit = power_of_two(jnp.maximum(norm, eps**0.5))
+def _gran(value: jax.Array, norm: jax.Array, eps: jax.Array) -> jax.Array:
+    unit = power_of_two(jnp.maximum(norm, jnp.sqrt(jax.lax.stop_gradient(eps))))
     value, norm = value / unit, norm / unit
     return value * _quotient(norm, jnp.square(norm) + eps / unit / unit)
+
+
+def _on_tangent_planes(
+    critic: Critic, params: Any, x: jax.Array, *args: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`value_and_input_gradient` of the critic's tangent plane at each example.
+
+    The same numbers and derivatives by params; as a function of x the value is linear and the
+    gradient constant.
+    """
+    here = jax.lax.stop_gradient(x)
+    value, gradient = value_and_input_gradient(critic, params, here, *args)
+    away = at_least_float32(x) - at_least_float32(here)  # 0, but for its derivative
+    return value + sum_except(at_least_float32(gradient) * away), gradient
 
 
 def gradient_normalize(
     critic: Critic,
     *,
     kind: Kind = "gn",
-    eps: float | None = None,
-    lipschitz: float = 1.0,
+    eps: ArrayLike | None = None,
+    lipschitz: ArrayLike = 1.0,
+    piecewise_linear: bool = False,
 ) -> Critic:
     """Returns the critic divided by its slope; a function of the same signature.
 
@@ -83,16 +104,22 @@ def gradient_normalize(
       critic: `critic(params, x, *args) -> [B]`, one scalar per example; x `[B, ...]` floating;
         arrays in `args` (labels) have leading axis B.
       kind: which formula.
-      eps: at least 0; None is the formula's own.
-      lipschitz: K, above 0.
+      eps: at least 0, a number or a traced scalar; None is the formula's own.
+      lipschitz: K, above 0, a number or a traced scalar.
+      piecewise_linear: says that D is so in x (ReLU, leaky ReLU, max pooling; no tanh, GELU or
+        LayerNorm). Derivatives by x, of any order, then take n for constant and D for its tangent
+        plane, which inside a piece they are: `K n / (n + |D|)^2 grad D` and
+        `K n / (n^2 + eps) grad D`. That needs no second derivative of D: the generator's step
+        through the critic costs what the plain one costs. Values and derivatives by params are the
+        same as without, for any critic; derivatives by x are not, unless D is piecewise linear.
 
     Returns:
       The normalised critic, `(params, x, *args) -> [B]`, float32 or better, to be differentiated by
       params and x.
 
     Raises:
-      ValueError: if `kind` is unknown, eps negative or lipschitz not positive. The returned critic
-        raises if D's output is not one scalar per example.
+      ValueError: if `kind` is unknown, eps is negative, lipschitz not positive, or either has
+        a shape. The returned critic raises if D's output is not one scalar per example.
       TypeError: from the returned critic, if x or D's output is not real and floating.
 
     >>> linear = lambda params, x: x @ params
@@ -105,17 +132,17 @@ def gradient_normalize(
     if kind not in get_args(Kind):
         valid = ", ".join(repr(choice) for choice in get_args(Kind))
         raise ValueError(f"kind={kind!r} is unknown; valid: {valid}")
-    eps = _EPS[kind] if eps is None else eps
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, but must be at least 0")
-    if not lipschitz > 0:
-        raise ValueError(f"lipschitz is {lipschitz}, but must be above 0")
+    divisor = _EPS[kind] if eps is None else eps
+    check_size("eps", divisor)
+    check_size("lipschitz", lipschitz, positive=True)
     formula = _gn if kind == "gn" else _gran
+    measure = _on_tangent_planes if piecewise_linear else value_and_input_gradient
 
     def normalized(params: Any, x: jax.Array, *args: Any) -> jax.Array:
-        value, gradient = value_and_input_gradient(critic, params, x, *args)
+        value, gradient = measure(critic, params, x, *args)
         norm = per_example_norm(gradient)
         dtype = jnp.promote_types(value.dtype, norm.dtype)
-        return lipschitz * formula(value.astype(dtype), norm.astype(dtype), eps)
+        quotient = formula(value.astype(dtype), norm.astype(dtype), jnp.asarray(divisor, dtype))
+        return jnp.asarray(lipschitz, dtype) * quotient
 
     return normalized

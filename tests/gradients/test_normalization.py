@@ -87,6 +87,56 @@ def test_slopes_of_a_piecewise_linear_critic(x64, dtype):
     assert expected["gn"].min() < 0.5 < expected["gn"].max()  # not all at one end
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_piecewise_linear_critics_the_slope_needs_no_second_derivative(x64, kind):
+    """n / (n + |D|)^2 grad D, or n / (n^2 + eps) grad D; and all that is derived from it."""
+    params = weights((3, 8, 1))
+    x = np.random.default_rng(2).normal(size=(5, 3))
+
+    @jax.jit
+    def derivatives(params, x):
+        def of(short):
+            f = gradient_normalize(network, kind=kind, piecewise_linear=short)
+            square = lambda p, x: jnp.sum(value_and_input_gradient(f, p, x)[1] ** 2)  # noqa: E731
+            by_params = jax.grad(lambda p: f(p, x).sum())(params)
+            return value_and_input_gradient(f, params, x), by_params, jax.grad(square, (0, 1))
+
+        short, full = of(True), of(False)
+        return short[:2], full[:2], short[2](params, x), full[2](params, x)
+
+    short, full, second, full_second = derivatives(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-13), short, full)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), second, full_second)
+    value, back = numpy_leaky_network(params, x)
+    n = np.linalg.norm(back, axis=1)
+    factor = {"gn": n / (n + abs(value)) ** 2, "gran": n / (n**2 + 0.1)}[kind]
+    np.testing.assert_allclose(short[0][1], factor[:, None] * back, rtol=1e-12)
+
+
+def test_the_short_way_by_x_takes_one_derivative_and_is_another_for_smooth_critics():
+    once = jax.custom_jvp(lambda x: x)
+
+    @once.defjvp
+    def _(primals, tangents):
+        raise AssertionError("differentiated twice")
+
+    sine = jax.custom_jvp(lambda k, x: jnp.sin(k * x[:, 0]))
+
+    @sine.defjvp
+    def _(primals, tangents):
+        (k, x), (dk, dx) = primals, tangents
+        slope = once(jnp.cos(k * x[:, 0]))
+        return sine(k, x), slope * (k * dx[:, 0] + dk * x[:, 0])
+
+    x = np.float32(np.pi / 6) + jnp.array([[-1e-1], [1e-2], [1e-1]])
+    short, full = (gradient_normalize(sine, piecewise_linear=short) for short in (True, False))
+    found = jax.jit(jax.grad(lambda x: short(3.0, x).sum()))(x)
+    s, c = np.sin(3 * np.float64(x)), np.cos(3 * np.float64(x))
+    np.testing.assert_allclose(found, 9 * abs(c) * c / (3 * abs(c) + abs(s)) ** 2, rtol=1e-4)
+    with pytest.raises(AssertionError, match="differentiated twice"):
+        jax.grad(lambda x: full(3.0, x).sum())(x)
+
+
 def test_a_smooth_critic_breaks_the_bound(x64):
     """D = sin(3x): the slope of the quotient goes to 9 at the peak, from both sides."""
     sine = gradient_normalize(lambda k, x: jnp.sin(k * x[:, 0]))
@@ -273,14 +323,28 @@ def test_under_jit_and_mapped_over_critics_with_labels():
     ("options", "message"),
     [
         ({"kind": "l2"}, r"kind='l2' is unknown; valid: 'gn', 'gran'"),
-        ({"eps": -1.0}, "eps is -1"),
-        ({"eps": float("nan")}, "eps is nan"),
-        ({"lipschitz": 0.0}, "lipschitz is 0"),
+        ({"eps": -1.0}, r"eps=-1\.0 must be at least 0"),
+        ({"eps": float("nan")}, "eps=nan"),
+        ({"eps": jnp.ones(4)}, r"eps has shape \(4,\)"),
+        ({"lipschitz": 0.0}, r"lipschitz=0\.0 must be above 0"),
+        ({"lipschitz": jnp.ones(4)}, r"lipschitz has shape \(4,\)"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         gradient_normalize(linear, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_may_be_traced(kind):
+    def run(eps, k):
+        critic = gradient_normalize(linear, kind=kind, eps=eps, lipschitz=k)
+        return critic({"w": jnp.array([3.0, 4.0]), "b": 0.0}, jnp.ones((1, 2)))[0]
+
+    got = jax.jit(jax.vmap(run))(jnp.array([0.0, 0.5]), jnp.array([1.0, 2.0]))
+    expected = [k * naive(kind, 7.0, 5.0, eps) for eps, k in ((0.0, 1.0), (0.5, 2.0))]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert np.isfinite(jax.grad(run)(0.0, 1.0))
 
 
 @pytest.mark.parametrize(
