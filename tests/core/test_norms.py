@@ -78,6 +78,22 @@ def test_empty_batches_and_examples():
         norms.per_example_norm(jnp.zeros(3), 2)
 
 
+def test_what_has_no_norm_here_is_refused():
+    """Squares of complex numbers are no squared sizes: 1 + i^2 = 0."""
+    for norm in (norms.global_norm, norms.per_example_norm):
+        with pytest.raises(TypeError, match="complex64"):
+            norm(jnp.array([[1.0, 1.0j]]))
+    with pytest.raises(ValueError, match=r"\(2, 3\) .*batch_ndim=-1"):
+        norms.per_example_norm(jnp.ones((2, 3)), -1)
+
+
+def test_plain_numbers_and_integers_have_a_norm_too():
+    assert norms.global_norm({"a": 3.0, "b": (np.int8(4), None), "c": jnp.zeros((0, 2))}) == 5
+    np.testing.assert_array_equal(norms.per_example_norm(np.array([[3, 4]])), [5.0])
+    wide = norms.at_least_float32([1.0, np.float16(2), jnp.ones(2, jnp.bfloat16), None])
+    assert [x.dtype for x in wide[:3]] == [jnp.float32] * 3
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_power_of_two(x64, dtype):
     tiny = np.finfo(dtype).tiny
