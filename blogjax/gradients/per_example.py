@@ -139,6 +139,7 @@ def layer_activations(
 
     Raises:
       ValueError: if a sequence has another length.
+      TypeError: if it is neither a function nor a sequence of functions.
 
     >>> import jax.numpy as jnp
     >>> [float(g(jnp.float32(-1.0))) for g in layer_activations(jnp.abs, 2)]
@@ -146,6 +147,10 @@ def layer_activations(
     """
     if callable(activation):
         return (*[activation] * (layers - 1), lambda z: z)
+    if not isinstance(activation, Sequence) or not all(map(callable, activation)):
+        raise TypeError(
+            f"activation must be a function or a sequence of functions, got {activation!r}"
+        )
     if len(activation) != layers:
         raise ValueError(f"{len(activation)} activations for {layers} layers")
     return tuple(activation)
@@ -206,6 +211,7 @@ def layer_signals(
                 f"the loss must return one number per example, shape (1,) for a batch of one, got "
                 f"{jnp.shape(out)}"
             )
+        _check_floating("the loss", out)
         return out[0]
 
     h, inputs, pulls = x, [], []
@@ -272,9 +278,10 @@ def per_example_gradient_norms(
     `|grad_theta f_i|`, `f_i = loss(mlp(x_i))`, for all i at once. Memory is that of the
     activations; `vmap(grad)` computes B gradients of the size of the parameters.
 
-    Numerics: the network runs in its own dtypes, squares are summed in float32 or better. An
-    example whose gradient is 0 has norm 0, and the norm's own derivatives, of any order, are then
-    0, not NaN. As in all losses, a derivative of a ReLU at its kink is 0.
+    Numerics: the network runs in its own dtypes, squares are summed in float32 or better and must
+    exist there: deltas below 1e-19 count as 0. An example whose gradient is 0 has norm 0, and the
+    norm's own derivatives, of any order, are then 0, not NaN. As in all losses, a derivative of a
+    ReLU at its kink is 0.
 
     Args:
       params, x, loss, *args, activation: see `layer_signals`.

@@ -36,6 +36,7 @@ from blogjax.gradients.input_gradient import (
     check_rows,
     scalar_alone,
 )
+from blogjax.gradients.perturbation import check_count
 
 Model = Callable[..., jax.Array]  # model(params, x, *args) -> [B, ...]
 Distance = Literal["squared", "kl"]
@@ -48,8 +49,7 @@ def _check(distance: Distance, sigma: ArrayLike, **counts: int) -> None:
     if jnp.shape(sigma) != ():
         raise ValueError(f"sigma has shape {jnp.shape(sigma)}, but must be a scalar: ()")
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}, but must be at least 1")
+        check_count(name, count, 1)
 
 
 def _signs(keys: random.Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -63,10 +63,11 @@ def _outputs_alone(model: Model, params: Any, distance: Distance) -> Callable[..
         out = at_least_float32(alone(model, params)(*example))
         if distance == "squared":
             return out.ravel()
-        if out.ndim != 1:
+        if out.ndim != 1 or out.shape[0] < 2:
             raise ValueError(
                 f"the model's output for a batch of one has shape {(1, *out.shape)}, but "
-                "distance='kl' needs one row of logits per example: [B, K]"
+                "distance='kl' needs one row of logits per example, of at least 2 classes: [B, K]; "
+                "for one logit z of yes or no give [0, z]"
             )
         return jax.nn.log_softmax(out)
 
@@ -101,7 +102,7 @@ def noise_penalty(
     - "kl": the model's outputs are logits, f their softmax, `l = KL(f(x) || f(x+e))`,
       lam_i = 1 / f_i.
 
-    One backward pass per output: for many outputs take `noise_penalty_estimate`.
+    One backward pass per output, all at once: for many outputs take `noise_penalty_estimate`.
 
     Numerics: outputs are taken to float32 or better. Squares only, so smooth at zero; KL is finite
     for any finite logits.
@@ -118,8 +119,8 @@ def noise_penalty(
       `[B]`, float32 or better.
 
     Raises:
-      ValueError: if `distance` is unknown, sigma no scalar, or the model's output or an array in
-        args does not lead with B.
+      ValueError: if `distance` is unknown, sigma no scalar, the model's output or an array in args
+        does not lead with B, or "kl" is given fewer than 2 classes.
       TypeError: if x or the output is not real and floating.
 
     >>> linear = lambda params, x: x @ params
@@ -166,7 +167,8 @@ def noise_penalty_estimate(
 
     Raises:
       ValueError: as `noise_penalty`, and if probes is below 1.
-      TypeError: as there, and if the keys are not typed.
+      TypeError: as there, if the keys are not typed, or probes is not an integer known when the
+        function is traced.
 
     >>> linear = lambda params, x: x @ params
     >>> w = jnp.array([[1.0, 2.0], [3.0, 4.0]])
@@ -204,6 +206,9 @@ def noise_distance(
 
     Both f are differentiated, as in the post's integral.
 
+    Numerics: as in `noise_penalty`, but that noise is added in float32 or better and the sum gets
+    the dtype of x, which swallows what is below its resolution.
+
     Args:
       keys: typed keys `[B]`, from `core.random.fold_in_rows`, or a scalar one.
       draws: how many noises per example.
@@ -214,7 +219,7 @@ def noise_distance(
 
     Raises:
       ValueError: as `noise_penalty`, and if draws is below 1.
-      TypeError: as there, and if the keys are not typed.
+      TypeError: as `noise_penalty_estimate`, of draws.
 
     >>> linear = lambda params, x: x @ params
     >>> noise_distance(jax.random.key(0), linear, jnp.ones((2, 1)), jnp.ones((3, 2))).shape
@@ -252,7 +257,8 @@ def laplacian_penalty(
 
     To order sigma^4 what noise on the input adds to the loss, `E l(f(x+e), y) - l(f(x), y)`; equal
     to it for a loss quadratic in x. It can be negative. Exact, with one directional second
-    derivative per entry of x: for many entries take `laplacian_penalty_estimate`.
+    derivative per entry of x, all at once, whose activations lie in memory together: for many
+    entries take `laplacian_penalty_estimate`.
 
     Args:
       loss: `loss(params, x, *args) -> [B]`, one per example.
@@ -311,7 +317,7 @@ def laplacian_penalty_estimate(
 
     Raises:
       ValueError: as `laplacian_penalty`, and if probes is below 1.
-      TypeError: as there, and if the keys are not typed.
+      TypeError: as `noise_penalty_estimate`.
 
     >>> loss = lambda params, x: jnp.sum(params * x**2, -1)
     >>> w, x = jnp.array([1.0, 2.0]), jnp.zeros((1, 2))

@@ -304,3 +304,11 @@ def test_integers_are_refused():
         mlp_layers([{"kernel": jnp.ones((2, 3), int)}])
     with pytest.raises(TypeError, match="x must be real and floating, got uint8"):
         layer_signals(GOOD, X.astype("uint8"), jnp.sum)
+    with pytest.raises(TypeError, match="the loss must be real and floating, got int32"):
+        layer_signals(GOOD, X, lambda y: jnp.zeros(len(y), int))
+
+
+@pytest.mark.parametrize("activation", ["tanh", None, [jnp.tanh, "relu"]])
+def test_what_is_no_activation_is_refused(activation):
+    with pytest.raises(TypeError, match="must be a function or a sequence of functions, got "):
+        layer_signals([{"kernel": jnp.eye(2)}] * 2, X, jnp.sum, activation=activation)

@@ -289,14 +289,26 @@ def test_narrow_outputs_are_squared_in_float32(dtype):
         (lambda x: noise_penalty(lambda w, x: x, None, x, distance="l2"), "'squared', 'kl'"),
         (lambda x: noise_penalty(lambda w, x: x, None, x, sigma=x), r"sigma has shape \(4, 3\)"),
         (lambda x: noise_penalty(lambda w, x: x[:, 0], None, x, distance="kl"), r"\(1,\).*logits"),
+        (
+            lambda x: noise_penalty(lambda w, x: x[:, :1], None, x, distance="kl"),
+            r"2 classes.*\[0, z",
+        ),
         (lambda x: noise_penalty(lambda w, x: x.sum(), None, x), r"shape \(\).*\(1, \.\.\.\)"),
         (lambda x: noise_penalty(lambda w, x, y: x, None, x, x[:2]), r"\(2, 3\).*4 rows"),
         (lambda x: laplacian_penalty(lambda w, x: x, None, x), r"\(1, 3\).*\(1,\)"),
-        (lambda x: noise_distance(jax.random.key(0), None, None, x, draws=0), "draws is 0"),
-        (lambda x: noise_penalty_estimate(None, None, None, x, probes=0), "probes is 0"),
-        (lambda x: laplacian_penalty_estimate(None, None, None, x, probes=0), "probes is 0"),
+        (lambda x: noise_distance(jax.random.key(0), None, None, x, draws=0), "draws=0 must be"),
+        (lambda x: noise_penalty_estimate(None, None, None, x, probes=0), "probes=0 must be"),
+        (lambda x: laplacian_penalty_estimate(None, None, None, x, probes=0), "probes=0 must be"),
     ],
 )
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(jnp.ones((4, 3)))
+
+
+def test_a_traced_count_is_refused():
+    def run(probes):
+        return noise_penalty_estimate(jax.random.key(0), network, W1, X, probes=probes)
+
+    with pytest.raises(TypeError, match=r"probes is .* must be an integer known when .* traced"):
+        jax.jit(run)(2)
