@@ -254,7 +254,7 @@ def input_gradient_penalty(
     elif ord == 1:
         norm = sum_except(size) ** power
     else:
-        norm = jnp.max(size, axis=tuple(range(1, x.ndim))) ** power
+        norm = jnp.max(size, axis=tuple(range(1, x.ndim)), initial=0) ** power
     if reduction == "none":
         return norm
     return jnp.mean(norm) if reduction == "mean" else jnp.sum(norm)

@@ -211,9 +211,9 @@ def test_derivatives_are_those_of_differences(x64, order):
             laplacian_penalty(loss, w, X, np.ones(2)),
             laplacian_penalty_estimate(jax.random.key(2), loss, w, X, np.ones(2)),
         ]
-        return sum(jnp.sin((i + 1) * jnp.mean(t)) for i, t in enumerate(terms))
+        return sum((i + 1) * jnp.mean(t) for i, t in enumerate(terms)) / 10
 
-    check_grads(jax.jit(mixed), (W1,), order=order, modes=["rev"], atol=1e-4, rtol=1e-4)
+    check_grads(jax.jit(mixed), (W1,), order=order, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 
 def test_a_constant_model_costs_nothing_and_is_flat():
