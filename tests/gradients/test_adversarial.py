@@ -124,8 +124,7 @@ def test_a_box_may_differ_between_channels():
         lambda w, x: x.sum((1, 2)), None, x, epsilon=0.5, steps=2, step_size=0.5, norm="linf",
         clip_range=(low, high),
     )  # fmt: skip
-    for r in (run(high), jax.jit(run)(high), run(np.broadcast_to(high, (2, 3, 2)))):
-        np.testing.assert_array_equal(r, np.broadcast_to([0.25, 0.5], (2, 3, 2)))
+    np.testing.assert_array_equal(jax.jit(run)(high), np.broadcast_to([0.25, 0.5], (2, 3, 2)))
     for shape in ((3,), (2, 1, 3, 2)):
         with pytest.raises(ValueError, match=rf"{re.escape(str(shape))}.*x of shape \(2, 3, 2\)"):
             run(np.ones(shape))

@@ -84,17 +84,23 @@ def test_a_losss_penalties_are_numpys_norms(w, x):
 
 
 def test_inputs_without_entries_have_no_slope():
-    got = [
-        input_gradient_penalty(linear, jnp.ones(0), jnp.ones((2, 0)), ord=ord, power=power)
-        for ord, power in NORMS
+    w, x = jnp.ones(0), jnp.ones((2, 0))
+    norms = lambda x: [  # noqa: E731
+        input_gradient_penalty(linear, w, x, ord=ord, power=power) for ord, power in NORMS
     ]
-    np.testing.assert_array_equal(got, np.zeros((6, 2)))
+    np.testing.assert_array_equal(jax.jit(norms)(x), np.zeros((6, 2)))
 
 
 def test_reductions():
     w, x, y = jnp.array([1.0, 2.0]), jnp.eye(2), jnp.zeros(2)  # gradients 2 w and 4 w
-    for reduction, want in (("none", [20.0, 80.0]), ("mean", 50.0), ("sum", 100.0)):
-        got = input_gradient_penalty(squared_error, w, x, y, reduction=reduction)
+    wanted = {"none": [20.0, 80.0], "mean": 50.0, "sum": 100.0}
+
+    @jax.jit
+    def all_of_them(w, x, y):
+        penalty = input_gradient_penalty
+        return [penalty(squared_error, w, x, y, reduction=reduction) for reduction in wanted]
+
+    for got, want in zip(all_of_them(w, x, y), wanted.values(), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
@@ -160,19 +166,24 @@ def test_dead_relu_and_live_examples_side_by_side():
     def value(w):
         return gradient_penalty(critic, w, x)
 
-    np.testing.assert_array_equal(value(3.0), [1.0, 4.0])
-    np.testing.assert_array_equal(jax.jacrev(value)(3.0), [0.0, 4.0])
+    both = jax.jit(lambda w: (value(w), jax.jacrev(value)(w)))(3.0)
+    np.testing.assert_array_equal(both, [[1.0, 4.0], [0.0, 4.0]])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_gradients_are_squared_in_float32(dtype):
-    w, x = jnp.full(64, 300.0, dtype), jnp.zeros((2, 64), dtype)
-    for got, want in (
-        (gradient_penalty(linear, w, x), 2399.0**2),
-        (r1_penalty(linear, w, x), 2400.0**2 / 2),
-        (input_gradient_penalty(linear, w, x, ord=1), 19200.0**2),
-        (input_gradient_penalty(linear, w, x), 2400.0**2),
-    ):
+    @jax.jit
+    def penalties(w, x):
+        return (
+            gradient_penalty(linear, w, x),
+            r1_penalty(linear, w, x),
+            input_gradient_penalty(linear, w, x, ord=1),
+            input_gradient_penalty(linear, w, x),
+        )
+
+    found = penalties(jnp.full(64, 300.0, dtype), jnp.zeros((2, 64), dtype))
+    wanted = (2399.0**2, 2400.0**2 / 2, 19200.0**2, 2400.0**2)
+    for got, want in zip(found, wanted, strict=True):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, [want, want], rtol=1e-6)
 
