@@ -344,9 +344,9 @@ def test_the_claims_by_hand():
         gn={"modes": 3, "slope": 1.2, "w2": None, "jumps": {"share": 0.01}},
         gran={"w2": 0.1}, gp={"slope": 0.8}, direction={"w2": 0.2},
     )  # fmt: skip
-    slow = {"step": {"gp": 2.0, "gn": 1.5, "gran": 2.5}, "generator": {"gp": 2, "gn": 2, "gran": 3}}
+    slow = {"step": {"gp": 4.0, "gn": 1.5, "gran": 2.5}, "generator": {"gp": 4, "gn": 2, "gran": 3}}
     found = ring.claims(config, [other], [slow])
-    values = [3, -1, 0, 0.2, 0.8, 0.01, 0, 0.5, 0.75, 1]
+    values = [3, -1, 0, 0.2, 0.8, 0.01, 0, 0.5, 0.375, 0.5]
     np.testing.assert_allclose([c.value for c in found], values, atol=1e-12)
     assert {c.verdict for c in found} == {"fails"}
     config.judge = False
