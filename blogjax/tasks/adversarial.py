@@ -43,6 +43,7 @@ from blogjax.tasks.adversarial_state import (
     kept_dtype,
     towards,
     widened,
+    without_padding,
 )
 from blogjax.tasks.critics import ConstrainedCritic, Score, unconstrained
 from blogjax.tasks.denoising import scaled
@@ -91,9 +92,9 @@ def adversarial_task(
     critic_steps=5, generator_draws=2`.
 
     Losses are weighted means over the global batch's rows of an update. Rows of weight 0 count
-    nothing, whatever they hold, except in a generator's batch statistics. The numbers of a row are
-    drawn from `fold_in(fold_in(key, k), row)`, k = `critic_steps + j` for draw j of the generator's
-    update.
+    nothing, whatever they hold, except in a generator's batch statistics: the functions given here
+    see zeros in them. The numbers of a row are drawn from `fold_in(fold_in(key, k), row)`,
+    k = `critic_steps + j` for draw j of the generator's update.
 
     The critic's updates leave parameters and state of the generator as they are, to the bit, and
     the other way round: batch statistics move in the generator's update only, singular vectors in
@@ -231,7 +232,7 @@ def adversarial_task(
     def step(state: AdversarialState, batch: Batch, key: Key) -> tuple[AdversarialState, Metrics]:
         params, model_state, opt_state = state.params, state.model_state, state.opt_state
         fakes_by = params["generator"], model_state["generator"]
-        groups = dealt(batch, critic_steps)
+        groups = dealt(without_padding(batch), critic_steps)
         update_keys = fold_in_rows(key, jnp.arange(critic_steps + generator_draws))
         # Keys of all updates at once: each kernel of random numbers less compiles faster.
         row_keys = jax.vmap(fold_in_rows)(update_keys[:critic_steps], groups["row"])
@@ -244,7 +245,7 @@ def adversarial_task(
             params, judge_state, opt_state = carry
             rows, (latent_keys, real_keys, penalty_keys) = xs
             x = real(rows, real_keys)
-            # What padding holds must not reach the critic: its gradient would be 0 times NaN.
+            # A `real` that divides by an example's size may have made NaN of padding's zeros.
             x = jnp.where(per_example(rows["weight"] == 0, x), 0, x)
             fake = generate(*fakes_by, latent_keys, rows, True).examples
             if fake.shape != x.shape:

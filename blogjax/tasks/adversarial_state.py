@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blogjax.core.broadcasting import per_example
 from blogjax.core.random import Key
 from blogjax.train.task import Batch
 
@@ -90,6 +91,21 @@ def check_networks(variables: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
+def without_padding(batch: Batch) -> dict[str, jax.Array]:
+    """Puts zeros into rows of weight 0: the derivative by what is there would be 0 times NaN.
+
+    >>> rows = {"row": jnp.array([0, 7]), "weight": jnp.array([1.0, 0.0])}
+    >>> out = without_padding({**rows, "x": jnp.array([2.0, jnp.nan])})
+    >>> out["x"].tolist(), out["row"].tolist()
+    ([2.0, 0.0], [0, 7])
+    """
+    padding = batch["weight"] == 0
+    return {
+        name: x if name == "row" else jnp.where(per_example(padding, x), jnp.zeros_like(x), x)
+        for name, x in batch.items()
+    }
+
+
 def dealt(batch: Batch, hands: int) -> dict[str, jax.Array]:
     """Deals row i to hand i modulo `hands`: `[B, ...]` becomes `[hands, B / hands, ...]`.
 
@@ -114,9 +130,12 @@ def dealt(batch: Batch, hands: int) -> dict[str, jax.Array]:
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """What an average of `x` begins with: `x`, in float32 or better where it is floating."""
+    """What an average of `x` begins with: a copy of `x`, float32 or better where it is floating.
+
+    A copy, since nobody may give away a state in which one buffer stands twice.
+    """
     floating = jnp.issubdtype(x.dtype, jnp.inexact)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if floating else x
+    return jnp.array(x, jnp.promote_types(x.dtype, jnp.float32) if floating else x.dtype)
 
 
 def towards(average: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:

@@ -96,6 +96,41 @@ def test_conditions_reach_the_critic():
     assert float(metrics["penalty"]) == pytest.approx(penalty, rel=1e-5)
 
 
+def test_padding_may_hold_anything():
+    """A critic and a generator that read more of a batch; examples that are no number at zero."""
+
+    def critic(params, x, c):
+        return x @ params["w"] + c * params["b"]
+
+    def generate(params, model_state, keys, batch, train):
+        assert batch["label"].shape == keys.shape
+        return Generated(params[batch["label"]][:, None] * batch["c"][:, None] + batch["z"])
+
+    task = linear_task(
+        critic=critic, generate=generate, critic_steps=2, condition=lambda batch: (batch["c"],),
+        loss="non_saturating",
+        real=lambda batch, keys: batch["x"] / jnp.linalg.norm(batch["x"], axis=1, keepdims=True),
+    )  # fmt: skip
+    weight = np.array([1, 2, 1, 1, 0, 0], np.float32)
+    z = np.random.default_rng(3).normal(size=(6, 2)).astype(np.float32)
+    batch = batch_of(6, weight=weight, c=z[:, 0], z=z, label=np.zeros(6, np.int32))
+    bad = {name: x.at[weight == 0].set(np.nan) for name, x in batch.items() if x.ndim > 1}
+    bad |= {"c": batch["c"].at[weight == 0].set(np.inf), "label": batch["label"].at[4:].set(99)}
+    state = start(task)
+    (clean, _), (after, metrics) = (take(task, state, b) for b in (batch, {**batch, **bad}))
+    assert int(metrics["skipped"]) == 0
+    chex.assert_trees_all_equal(after.params, clean.params)
+    assert after.params["generator"][0] != 0.5
+
+
+def test_a_state_made_without_jit_can_be_given_away():
+    """No buffer is in it twice, as the average's and the parameters' own would be."""
+    task = linear_task(ema_decay=0.9)
+    step = jax.jit(task.step, donate_argnums=0)
+    state, _ = step(task.init(jax.random.key(0)), batch_of(), jax.random.key(1))
+    assert int(state.step) == 1
+
+
 def test_images_are_scaled_and_evaluation_sees_the_average():
     image = np.random.default_rng(0).integers(0, 256, size=(4, 1, 2, 1), dtype=np.uint8)
     batch = {**batch_of(4), "image": jnp.asarray(image)}
