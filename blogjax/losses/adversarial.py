@@ -2,7 +2,7 @@
 
 What: `critic_loss` and `generator_loss`, for the games of `LOSSES`: 'wasserstein', 'hinge',
   'non_saturating' and 'least_squares'. A game of one's own is an `AdversarialLoss`.
-Post: https://kexue.fm/archives/8757, which trains by the first two.
+Post: https://kexue.fm/archives/8757, which states the first.
 Paper: Arjovsky et al. 2017, arXiv:1701.07875 (Wasserstein); Lim and Ye 2017, arXiv:1705.02894
   (hinge); Goodfellow et al. 2014, arXiv:1406.2661 (non-saturating); Mao et al. 2016,
   arXiv:1611.04076 (least squares).
@@ -13,8 +13,11 @@ Equations, with d the critic's output; the critic minimises real(d(x)) + fake(d(
   hinge             max(0, 1 - d)    max(0, 1 + d)    -d
   non_saturating    log(1 + e^-d)    log(1 + e^d)     log(1 + e^-d)
   least_squares     (d - 1)^2 / 2    d^2 / 2          (d - 1)^2 / 2
-Differences from the post: the least squares and the logistic game are not in it. Signs are those of
-  something to minimise, on both sides.
+Differences from the post: only the first game is in it. Signs are those of something to minimise,
+  on both sides.
+
+The code of gradient normalisation (arXiv:2109.02235) trains its residual networks by 'hinge', and
+its DCGAN by `--loss=bce`: that is 'non_saturating', with the normalised output in [-1, 1] as logit.
 """
 
 from collections.abc import Callable
@@ -31,6 +34,14 @@ class AdversarialLoss(NamedTuple):
       real: what the critic minimises on examples of the data.
       fake: what the critic minimises on generated ones.
       generator: what the generator minimises on generated ones.
+
+    Such as the logistic game of a critic in [-1, 1], taken for twice a probability less 1:
+
+    >>> def code_length(d):
+    ...     return -jnp.log((1 + d) / 2)
+    >>> bounded = AdversarialLoss(code_length, lambda d: code_length(-d), code_length)
+    >>> float(critic_loss(jnp.zeros(1), jnp.zeros(1), bounded)[0])  # log 4
+    1.3862943649291992
     """
 
     real: Callable[[jax.Array], jax.Array]
@@ -71,8 +82,14 @@ def game(loss: LossName | AdversarialLoss) -> AdversarialLoss:
     return LOSSES[loss]
 
 
-def _wide(scores: jax.Array) -> jax.Array:
-    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+def _each(loss: Callable[[jax.Array], jax.Array], outputs: jax.Array) -> jax.Array:
+    """The loss of each output, in float32 or better."""
+    losses = loss(outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32)))
+    if losses.shape != outputs.shape:
+        raise ValueError(
+            f"a game must give one loss for each output, shape {outputs.shape}, got {losses.shape}"
+        )
+    return losses
 
 
 def critic_loss(
@@ -94,7 +111,8 @@ def critic_loss(
       logistic loss.
 
     Raises:
-      ValueError: if the shapes differ or the loss is unknown.
+      ValueError: if the shapes differ, the loss is unknown, or a game of one's own does not give
+        one loss for each output.
 
     >>> critic_loss(jnp.array([0.0, 2.0]), jnp.array([0.0, -2.0])).tolist()
     [2.0, 0.0]
@@ -105,7 +123,7 @@ def critic_loss(
             f"{real.shape} and {fake.shape}"
         )
     played = game(loss)
-    return played.real(_wide(real)) + played.fake(_wide(fake))
+    return _each(played.real, real) + _each(played.fake, fake)
 
 
 def generator_loss(fake: jax.Array, loss: LossName | AdversarialLoss = "hinge") -> jax.Array:
@@ -119,9 +137,9 @@ def generator_loss(fake: jax.Array, loss: LossName | AdversarialLoss = "hinge") 
       `[B]`, float32 or better.
 
     Raises:
-      ValueError: if the loss is unknown.
+      ValueError: if the loss is unknown, or does not give one loss for each output.
 
     >>> generator_loss(jnp.array([0.5, -2.0])).tolist()
     [-0.5, 2.0]
     """
-    return game(loss).generator(_wide(fake))
+    return _each(game(loss).generator, fake)

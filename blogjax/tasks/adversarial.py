@@ -23,6 +23,7 @@ from blogjax.core.broadcasting import per_example
 from blogjax.core.masked import masked_sum
 from blogjax.core.norms import global_norm
 from blogjax.core.random import Key, fold_in_rows, split_keys
+from blogjax.gradients.input_gradient import check_rows
 from blogjax.losses.adversarial import (
     AdversarialLoss,
     LossName,
@@ -37,7 +38,10 @@ from blogjax.tasks.adversarial_state import (
     AdversarialState,
     Generate,
     Generated,
-    check_networks,
+    checked_condition,
+    checked_generated,
+    checked_networks,
+    checked_real,
     choose,
     dealt,
     kept_dtype,
@@ -177,8 +181,7 @@ def adversarial_task(
 
     def init_state(key: Key) -> AdversarialState:
         networks_key, constraint_key = split_keys(key)
-        variables = {name: unfreeze(dict(v)) for name, v in init(networks_key).items()}
-        check_networks(variables)
+        variables = checked_networks(init(networks_key))
         params = {name: variables[name].pop("params") for name in PLAYERS}
         model_state = {
             "critic": judge.init(constraint_key, params["critic"]),
@@ -198,12 +201,16 @@ def adversarial_task(
         )
 
     def scores(params: Any, x: jax.Array, rows: Batch) -> jax.Array:
-        out = judge.score(params, x, *condition(rows))
+        given = checked_condition(condition(rows))
+        check_rows(x, given)
+        out = judge.score(params, x, *given)
         if out.shape != x.shape[:1]:
             raise ValueError(
                 f"the critic must return one number per example, shape {x.shape[:1]}, "
                 f"got {out.shape}"
             )
+        if not jnp.issubdtype(out.dtype, jnp.floating):
+            raise TypeError(f"the critic's output is {out.dtype}, but must be floating")
         return out
 
     def descend(
@@ -244,10 +251,10 @@ def adversarial_task(
         def critic_update(carry: Any, xs: Any) -> tuple[Any, Any]:
             params, judge_state, opt_state = carry
             rows, (latent_keys, real_keys, penalty_keys) = xs
-            x = real(rows, real_keys)
+            x = checked_real(real(rows, real_keys))
             # A `real` that divides by an example's size may have made NaN of padding's zeros.
             x = jnp.where(per_example(rows["weight"] == 0, x), 0, x)
-            fake = generate(*fakes_by, latent_keys, rows, True).examples
+            fake = checked_generated(generate(*fakes_by, latent_keys, rows, True)).examples
             if fake.shape != x.shape:
                 raise ValueError(
                     f"generated examples have shape {fake.shape}, but real ones {x.shape}"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
 
 from blogjax.core.broadcasting import per_example
 from blogjax.core.random import Key
@@ -67,28 +68,68 @@ class Generated(NamedTuple):
 Generate = Callable[[Any, Any, Key, Batch, bool], Generated]
 
 
-def check_networks(variables: Mapping[str, Mapping[str, Any]]) -> None:
+def checked_networks(variables: Any) -> dict[str, dict[str, Any]]:
     """Refuses an `init` that does not give a generator and a critic without state of its own.
 
     Raises:
       ValueError: naming what there is and what there should be.
 
-    >>> check_networks({"generator": {"params": {}}, "critic": {"params": {}, "batch_stats": {}}})
+    >>> checked_networks({"generator": {"params": 1}, "critic": {"params": 2, "batch_stats": 3}})
     Traceback (most recent call last):
         ...
     ValueError: the critic may have nothing but 'params', got ['batch_stats'] too: ...
     """
-    if set(variables) != set(PLAYERS):
-        raise ValueError(f"init must return networks {PLAYERS}, got {sorted(variables)}")
+
+    def names(tree: Any) -> list[str] | str:
+        return sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+
+    if names(variables) != sorted(PLAYERS):
+        raise ValueError(f"init must return networks {PLAYERS}, got {names(variables)}")
     for name in PLAYERS:
-        if "params" not in variables[name]:
-            raise ValueError(f"the {name} needs 'params', got {sorted(variables[name])}")
+        if not isinstance(variables[name], Mapping) or "params" not in variables[name]:
+            raise ValueError(f"the {name} needs 'params', got {names(variables[name])}")
     more = sorted(set(variables["critic"]) - {"params"})
     if more:
         raise ValueError(
             f"the critic may have nothing but 'params', got {more} too: with batch statistics its "
             "output for one example would depend on the others"
         )
+    return {name: unfreeze(dict(variables[name])) for name in PLAYERS}
+
+
+def checked_real(x: jax.Array) -> jax.Array:
+    """Refuses integers: pixels of 0 to 255 would be compared with generated ones of -1 to 1.
+
+    Raises:
+      TypeError: if the examples are not floating.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"real examples are {x.dtype}, but must be floating, as `real_images` makes them"
+        )
+    return x
+
+
+def checked_generated(out: Any) -> Generated:
+    """Refuses what is not a `Generated`.
+
+    Raises:
+      TypeError: naming what it is.
+    """
+    if not isinstance(out, Generated):
+        raise TypeError(f"generate must return a Generated, got {type(out).__name__}")
+    return out
+
+
+def checked_condition(given: Any) -> tuple[Any, ...]:
+    """Refuses what is not a tuple: a bare array would be taken apart row by row.
+
+    Raises:
+      TypeError: naming what it is.
+    """
+    if not isinstance(given, tuple):
+        raise TypeError(f"condition must return a tuple of arrays, got {type(given).__name__}")
+    return given
 
 
 def without_padding(batch: Batch) -> dict[str, jax.Array]:

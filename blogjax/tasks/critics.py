@@ -26,7 +26,8 @@ from blogjax.gradients.normalization import gradient_normalize
 from blogjax.gradients.penalties import gradient_penalty, interpolate
 from blogjax.nn.spectral_norm import spectral_normalize, spectral_vectors
 
-Score = Callable[..., jax.Array]  # score(params, x, *args) -> [B]
+# score(params, x, *args) -> [B]. Any: flax says of `apply` that it may return a tuple too.
+Score = Callable[..., Any]
 # penalty(score, params, keys, real, fake, *args) -> [B], with its weight
 Penalty = Callable[..., jax.Array]
 

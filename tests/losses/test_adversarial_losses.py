@@ -121,5 +121,10 @@ def test_a_game_of_ones_own():
 def test_bad_input():
     with pytest.raises(ValueError, match=r"\(3,\) and \(2,\)"):
         critic_loss(jnp.ones(3), jnp.ones(2))
+    mean = AdversarialLoss(jnp.mean, jnp.mean, jnp.mean)
+    for call in (lambda: critic_loss(jnp.ones(3), jnp.ones(3), mean),
+                 lambda: generator_loss(jnp.ones(3), mean)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"shape \(3,\), got \(\)"):
+            call()
     with pytest.raises(ValueError, match=r"'hnge' is unknown; valid: 'wasserstein', 'hinge'"):
         generator_loss(jnp.ones(3), "hnge")  # pyright: ignore

@@ -16,6 +16,7 @@ from tiny_gans import (
     take,
 )
 
+from blogjax.losses.adversarial import AdversarialLoss
 from blogjax.tasks.adversarial import Generated, adversarial_task
 from blogjax.tasks.critics import (
     CONSTRAINTS,
@@ -231,6 +232,8 @@ def missing(**changes):
             r"generator needs 'params', got \['batch_stats'\]",
         ),
         (missing(critic={"params": {}, "batch_stats": {}}), r"critic .* got \['batch_stats'\]"),
+        (missing(critic=jnp.ones(2)), r"critic needs 'params', got .*Array"),
+        (lambda key: [1, 2], r"networks \('critic', 'generator'\), got list"),
     ],
 )
 def test_bad_networks(init, message):
@@ -239,27 +242,44 @@ def test_bad_networks(init, message):
         task.init(jax.random.key(0))
 
 
-def test_bad_shapes():
+def test_what_the_functions_given_return_is_checked():
     def wide(params, model_state, keys, batch, train):
         return Generated(jnp.zeros((len(keys), 3)))
 
     def stateful(params, model_state, keys, batch, train):
         return Generated(batch["x"] + params[None], {"stats": jnp.zeros(2)})
 
+    def bare(params, model_state, keys, batch, train):
+        return batch["x"] + params[None]
+
     def column(params, x):
         return linear(params, x)[:, None]
+
+    def rounded(params, x):
+        return jnp.round(linear(params, x)).astype(jnp.int32)
 
     def scalar_penalty(score, params, keys, real, fake):
         return jnp.zeros(())
 
-    for options, message in [
-        ({"critic_steps": 5}, "12 rows .* does not divide among critic_steps=5"),
-        ({"generate": wide}, r"generated examples have shape \(12, 3\), but real ones \(12, 2\)"),
-        ({"critic": column}, r"shape \(12,\), got \(12, 1\)"),
-        ({"critic": penalized(linear, scalar_penalty)}, r"penalty .* shape \(12,\), got \(\)"),
-        ({"generate": stateful}, "model state"),
+    def label(batch):
+        return batch["row"]
+
+    mean = AdversarialLoss(jnp.mean, jnp.mean, jnp.mean)
+    for options, error, message in [
+        ({"critic_steps": 5}, ValueError, "12 rows .* does not divide among critic_steps=5"),
+        ({"generate": wide}, ValueError, r"examples have shape \(12, 3\), .* ones \(12, 2\)"),
+        ({"generate": bare}, TypeError, "generate must return a Generated, got .*Tracer"),
+        ({"generate": stateful}, ValueError, "model state"),
+        ({"critic": column}, ValueError, r"shape \(12,\), got \(12, 1\)"),
+        ({"critic": rounded}, TypeError, "the critic's output is int32, .* floating"),
+        ({"critic": penalized(linear, scalar_penalty)}, ValueError, r"penalty .*\(12,\), got \(\)"),
+        ({"condition": label}, TypeError, "condition must return a tuple of arrays, got .*Tracer"),
+        ({"condition": lambda batch: (batch["row"][:3],)}, ValueError, r"\(3,\).* needs 12 rows"),
+        ({"real": lambda batch, keys: batch["image"]}, TypeError, "real .* uint8, .* floating"),
+        ({"loss": mean}, ValueError, r"one loss for each output, shape \(12,\), got \(\)"),
     ]:
         task = linear_task(**options)
         state = jax.eval_shape(task.init, jax.random.key(0))
-        with pytest.raises(ValueError, match=message):
-            jax.eval_shape(task.step, state, batch_of(), jax.random.key(1))
+        batch = batch_of(image=np.zeros((12, 2), np.uint8))
+        with pytest.raises(error, match=message):
+            jax.eval_shape(task.step, state, batch, jax.random.key(1))
