@@ -32,6 +32,7 @@ from blogjax.losses.adversarial import (
     generator_loss,
 )
 from blogjax.optim.checks import check_same
+from blogjax.optim.gating import update_unless
 from blogjax.optim.skip_nonfinite import nonfinite_leaves
 from blogjax.tasks.adversarial_state import (
     PLAYERS,
@@ -107,8 +108,9 @@ def adversarial_task(
     If a gradient of any update is not finite, the whole step is left out: parameters, model states,
     both optimisers and the average stay as they were, to the bit; `step` and `skipped` count, and
     the metrics say which leaves were at fault. So neither player ever gets ahead of the other. The
-    price is that the old state is kept until the step is over. Parameters that overflow from
-    finite gradients in the last updates are reported as a lost state, as in `gradient_task`.
+    price is that the critic as it was is kept until the generator's gradient is known. Parameters
+    that overflow from finite gradients in the last updates are reported as a lost state, as in
+    `gradient_task`.
 
     Args:
       init: `init(key) -> {"generator": {"params": tree, **model_state}, "critic": {"params":
@@ -213,10 +215,10 @@ def adversarial_task(
             raise TypeError(f"the critic's output is {out.dtype}, but must be floating")
         return out
 
-    def descend(
-        player: str, params: Any, opt_state: Any, objective: Callable[..., Any], *, rows: Batch
-    ) -> tuple[Any, Any, Any, Metrics, jax.Array]:
-        """One update by the mean over the rows of `objective(params) -> ({name: [B]}, state)`."""
+    def gradient(
+        params: Any, objective: Callable[..., Any], rows: Batch
+    ) -> tuple[Any, Metrics, Any]:
+        """Of the mean over the rows of `objective(params) -> ({name: [B]}, state)`."""
         weight = rows["weight"]
         total = over_devices(jnp.sum(weight))
         total = jnp.where(total == 0, 1, total)
@@ -228,13 +230,14 @@ def adversarial_task(
 
         (_, (means, model_state)), grads = jax.value_and_grad(mean, has_aux=True)(params)
         means, grads = over_devices((means, grads))
-        updates, new_opt_state = optimisers[player].update(
-            grads, opt_state, params, value=means["loss"], grad=grads
-        )
-        opt_state = jax.tree.map(kept_dtype, new_opt_state, opt_state)
         means["grad_norm"] = global_norm(grads)
-        params = optax.apply_updates(params, updates)
-        return params, model_state, opt_state, means, nonfinite_leaves(grads)
+        return grads, means, model_state
+
+    def changes(
+        player: str, grads: Any, opt_state: Any, params: Any, loss: jax.Array
+    ) -> tuple[Any, Any]:
+        updates, new = optimisers[player].update(grads, opt_state, params, value=loss, grad=grads)
+        return updates, jax.tree.map(kept_dtype, new, opt_state)
 
     def step(state: AdversarialState, batch: Batch, key: Key) -> tuple[AdversarialState, Metrics]:
         params, model_state, opt_state = state.params, state.model_state, state.opt_state
@@ -276,16 +279,16 @@ def adversarial_task(
                     values["loss"] = values["loss"] + values["penalty"]
                 return values, new_state
 
-            params, judge_state, opt_state, means, bad = descend(
-                "critic", params, opt_state, objective, rows=rows
-            )
+            grads, means, judge_state = gradient(params, objective, rows)
+            updates, opt_state = changes("critic", grads, opt_state, params, means["loss"])
+            params = optax.apply_updates(params, updates)
             if judge.project is not None:
                 params = judge.project(params)
-            return (params, judge_state, opt_state), (means, bad)
+            return (params, judge_state, opt_state), (means, nonfinite_leaves(grads))
 
-        carry = params["critic"], model_state["critic"], opt_state["critic"]
+        critic = params["critic"], model_state["critic"], opt_state["critic"]
         (critic_params, judge_state, critic_opt), (critic_means, critic_bad) = jax.lax.scan(
-            critic_update, carry, (groups, critic_keys), unroll=critic_steps
+            critic_update, critic, (groups, critic_keys), unroll=critic_steps
         )
 
         rows = jax.tree.map(lambda x: jnp.repeat(x[0], generator_draws, axis=0), groups)
@@ -296,42 +299,50 @@ def adversarial_task(
             values = {"loss": generator_loss(scores(used, out.examples, rows), played)}
             return values, out.model_state
 
-        generator_params, new_state, generator_opt, means, generator_bad = descend(
-            "generator", fakes_by[0], opt_state["generator"], generator_objective, rows=rows
-        )
-        if new_state is None:
-            new_state = fakes_by[1]
-        else:
-            new_state = {**fakes_by[1], **unfreeze(new_state)}
-            check_same(new_state, fakes_by[1], "new model state", "model state")
-            new_state = jax.tree.map(kept_dtype, new_state, fakes_by[1])
-            if axis_name is not None:
-                new_state = jax.tree.map(over_devices_mean, new_state)
-        ema = state.ema
-        if ema_decay is not None:
-            rate = 1 - ema_decay_with_warmup(ema_decay, state.step)
-            target = {"params": generator_params, "model_state": new_state}
-            ema = jax.tree.map(lambda e, p: towards(e, p, rate), ema, target)
+        grads, means, made_state = gradient(fakes_by[0], generator_objective, rows)
 
         # All or nothing. What comes after a bad update is bad too: the first one is at fault.
         fails = jnp.any(critic_bad, axis=1)
         first = jnp.cumsum(fails) == fails
         critic_bad = jnp.any(critic_bad & first[:, None], axis=0)
-        bad = jnp.append(critic_bad, generator_bad & ~jnp.any(fails))
+        bad = jnp.append(critic_bad, nonfinite_leaves(grads) & ~jnp.any(fails))
         skip = jnp.any(bad)
-        old = params, model_state, opt_state, state.ema
-        new = (
-            {"critic": critic_params, "generator": generator_params},
-            {"critic": judge_state, "generator": new_state},
-            {"critic": critic_opt, "generator": generator_opt},
-            ema,
+
+        # The old critic had to wait for this; the generator is left as it was in place.
+        new_critic = critic_params, judge_state, critic_opt
+        new_critic = jax.tree.map(lambda old, new: choose(skip, old, new), critic, new_critic)
+        updates, generator_opt = update_unless(
+            skip,
+            lambda: changes("generator", grads, opt_state["generator"], fakes_by[0], means["loss"]),
+            opt_state["generator"],
         )
-        new = jax.tree.map(lambda a, b: choose(skip, a, b), old, new)
+        generator_params = optax.apply_updates(fakes_by[0], updates)
+        generator_state = fakes_by[1]
+        if made_state is not None:
+            new = {**generator_state, **unfreeze(made_state)}
+            check_same(new, generator_state, "new model state", "model state")
+            if axis_name is not None:
+                new = jax.tree.map(over_devices_mean, new)
+            generator_state = jax.tree.map(
+                lambda old, new: choose(skip, old, kept_dtype(new, old)), generator_state, new
+            )
+        ema = state.ema
+        if ema_decay is not None:
+            rate = 1 - ema_decay_with_warmup(ema_decay, state.step)
+            target = {"params": generator_params, "model_state": generator_state}
+            ema = jax.tree.map(lambda e, p: towards(e, p, rate, skip), ema, target)
         skipped = jnp.where(skip, optax.safe_increment(state.skipped), state.skipped)
-        new_state = AdversarialState(state.step + 1, skipped, *new)
+        new_state = AdversarialState(
+            step=state.step + 1,
+            skipped=skipped,
+            params={"critic": new_critic[0], "generator": generator_params},
+            model_state={"critic": new_critic[1], "generator": generator_state},
+            opt_state={"critic": new_critic[2], "generator": generator_opt},
+            ema=ema,
+        )
 
         critic_means = {name: jnp.mean(x) for name, x in critic_means.items()}
-        norms = {f"{name}_param_norm": global_norm(new[0][name]) for name in PLAYERS}
+        norms = {f"{name}_param_norm": global_norm(new_state.params[name]) for name in PLAYERS}
         # An optimiser can overflow on finite gradients; then the state is lost, and must be seen.
         lost = jnp.logical_not(jnp.isfinite(sum(norms.values())))
         metrics: Metrics = {

@@ -179,11 +179,17 @@ def widened(x: jax.Array) -> jax.Array:
     return jnp.array(x, jnp.promote_types(x.dtype, jnp.float32) if floating else x.dtype)
 
 
-def towards(average: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
-    """Moves an average to `x`, by a share of the way; a counter becomes that of `x`."""
+def towards(average: jax.Array, x: jax.Array, rate: jax.Array, skip: jax.Array) -> jax.Array:
+    """Moves an average to `x`, by a share of the way, unless `skip`; a counter becomes that of `x`.
+
+    >>> towards(jnp.zeros(2), jnp.array([1.0, 8.0]), jnp.array(0.25), jnp.array(False)).tolist()
+    [0.25, 2.0]
+    """
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
-    return average + rate.astype(average.dtype) * (x.astype(average.dtype) - average)
+    # -0.0 leaves every number as it was, in place; see `skip_nonfinite`.
+    way = rate.astype(average.dtype) * (x.astype(average.dtype) - average)
+    return average + jnp.where(skip, -0.0, way)
 
 
 def kept_dtype(new: Any, old: Any) -> jax.Array:

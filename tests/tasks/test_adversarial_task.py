@@ -1,3 +1,5 @@
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from tiny_gans import (
     batch_of,
     counting_task,
     linear,
+    linear_init,
     linear_task,
     normed_task,
     shifted,
@@ -165,6 +168,27 @@ def test_one_bad_update_leaves_the_whole_step_out():
     # The next good step is that of a run that never saw the bad one.
     good = [take(task, s, batch_of(seed=2))[0] for s in (state, after)]
     chex.assert_trees_all_equal(*(s.params for s in good))
+
+
+def test_the_generator_is_updated_in_place():
+    """Though the step may be left out. The old critic has to be kept until it is done."""
+
+    def init(key):
+        params = {"w": jnp.ones((47, 53)), "b": jnp.ones(53)}
+        return {**linear_init(key), "generator": {"params": params, "stats": {"m": jnp.ones(59)}}}
+
+    def generate(params, model_state, keys, batch, train):
+        made = jnp.tanh(normal(keys, (len(keys), 47)) @ params["w"] + params["b"][None])
+        return Generated(made[:, :2], {"stats": {"m": model_state["stats"]["m"] * 0.9}})
+
+    task = linear_task(
+        optax.adam(0.1), optax.adam(0.1), generate=generate, init=init, ema_decay=0.9
+    )
+    state = jax.eval_shape(task.init, jax.random.key(0))
+    step = jax.jit(task.step, donate_argnums=0).lower(state, batch_of(), jax.random.key(0))
+    hlo = step.compile().as_text()
+    assert all(shape in hlo for shape in ("f32[47,53]", "f32[53]", "f32[59]"))
+    assert re.findall(r"f32\[(?:47,53|53|59)\]\S* copy\(", hlo) == []
 
 
 def test_a_gradient_of_the_generator_alone_may_be_bad():

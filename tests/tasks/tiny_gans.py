@@ -43,11 +43,17 @@ def random_shift(params, model_state, keys, batch, train):
 
 
 def linear_task(
-    generator_tx=None, critic_tx=None, *, critic=linear, generate=random_shift, **options
+    generator_tx=None,
+    critic_tx=None,
+    *,
+    critic=linear,
+    generate=random_shift,
+    init=linear_init,
+    **options,
 ):
     options = {"loss": "wasserstein", "real": reals, **options}
     txs = (tx or optax.sgd(0.1) for tx in (generator_tx, critic_tx))
-    return adversarial_task(linear_init, generate, critic, *txs, **options)
+    return adversarial_task(init, generate, critic, *txs, **options)
 
 
 def start(task):
