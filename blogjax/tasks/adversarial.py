@@ -11,6 +11,7 @@ Differences from the post: it describes critics, not the loop around them. Diffe
   usual loops: the critic's turn changes nothing of the generator, its batch statistics included.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ from blogjax.tasks.adversarial_state import (
     checked_real,
     choose,
     dealt,
+    first_at_fault,
     kept_dtype,
     towards,
     widened,
@@ -85,6 +87,7 @@ def adversarial_task(
     evaluate: Callable[[AdversarialState, Batch, Key], Mapping[str, jax.Array]] | None = None,
     render: Callable[[AdversarialState, Batch, Key], dict[str, jax.Array]] | None = None,
     axis_name: str | None = None,
+    unroll: bool = True,
 ) -> Task:
     """Makes a task in which a generator and a critic train against each other.
 
@@ -116,26 +119,34 @@ def adversarial_task(
       init: `init(key) -> {"generator": {"params": tree, **model_state}, "critic": {"params":
         tree}}`.
       generate: `generate(params, model_state, keys, batch, train) -> Generated`, one example for
-        each of the keys `[B]` and rows of `batch`. `train` tells training from what `evaluate` and
-        `render` may ask of the same function.
+        each of the keys `[B]` and rows of `batch`; see `Generated` for linen networks. `train`
+        tells training from what `evaluate` and `render` may ask of the same function.
       critic: `critic(params, x, *args) -> [B]`, or that with a constraint; see `tasks.critics`. It
-        has no model state: a critic with batch statistics would judge an example by its company.
+        has no model state: a critic with batch statistics would judge an example by its company
+        (`gradients.input_gradient.check_per_example` tells whether one does).
       generator_tx: the generator's optimiser.
       critic_tx: the critic's, applied `critic_steps` times per step; schedules count updates.
       loss: the game, `"wasserstein"`, `"hinge"`, `"non_saturating"`, `"least_squares"` or one of
         your own; see `losses.adversarial`.
       critic_steps: updates of the critic per step, at least 1.
       generator_draws: generated examples per row in the generator's update, at least 1.
-      ema_decay: in [0, 1); the decay of the generator's average after warm-up.
+      ema_decay: in [0, 1); the decay of the generator's average after warm-up, for which see
+        `gradient.ema_decay_with_warmup`.
       real: `real(batch, keys) -> [B, ...]`, the examples of a batch, augmented if need be; default
         its `image`.
       condition: what of a batch the critic is given beside the example, such as
         `lambda batch: (batch["label"],)`.
       evaluate: `evaluate(state, batch, key) -> {name: [B] or [B, ...]}`, averaged over the
-        evaluation data. `state.averaged_params` is the generator's average.
-      render: `render(state, batch, key) -> {name: [n, h, w, c]}`.
+        evaluation data. Generate from `state.averaged_params` and `averaged_model_state`, with
+        `fold_in_rows(key, batch["row"])` for keys; `critic(state.params["critic"],
+        state.model_state["critic"], x, *args)` is what a constrained critic says.
+      render: `render(state, batch, key) -> {name: [n, h, w, c]}`, in [0, 1].
       axis_name: the mapped axis under `pmap` or `shard_map(..., check_vma=False)`; see
-        `train.per_device`. Each device's rows must then divide by `critic_steps`.
+        `train.per_device`. Each device's rows must then divide by `critic_steps`, and the
+        generator's batch norm needs the name too.
+      unroll: whether the critic's updates stand in the program one after the other. False makes a
+        loop of them, which compiles faster; not for convolutions on a CPU, where XLA runs them
+        about ten times slower inside a loop.
 
     Returns:
       A `Task` whose state is an `AdversarialState`. Metrics: `loss` (what the critic minimises,
@@ -147,8 +158,11 @@ def adversarial_task(
     Raises:
       ValueError: if an option is out of range or unknown; from `init`, if a network is missing, has
         no `params`, or the critic has more than that; in a step, if the rows do not divide by
-        `critic_steps`, the generated examples are not shaped as the real ones, the critic's output
-        is not one number per example, or a model state comes back with another layout.
+        `critic_steps`, the generated examples are not shaped as the real ones, outputs of critic,
+        penalty or game are not one number per example, or a model state comes back with another
+        layout.
+      TypeError: if a count is no integer; in a step, if real examples or the critic's output are
+        not floating, `generate` returns no `Generated` or `condition` no tuple.
 
     >>> from blogjax.core.random import normal
     >>> def init(key):
@@ -159,14 +173,14 @@ def adversarial_task(
     ...     init, generate, lambda params, x: x @ params, optax.sgd(0.5), optax.set_to_zero(),
     ...     loss="wasserstein", real=lambda batch, keys: batch["x"])
     >>> batch = {"x": jnp.ones((4, 2)), "row": jnp.arange(4), "weight": jnp.ones(4)}
-    >>> state, metrics = task.step(task.init(jax.random.key(0)), batch, jax.random.key(1))
+    >>> state, metrics = jax.jit(task.step)(task.init(jax.random.key(0)), batch, jax.random.key(1))
     >>> state.params["generator"].tolist()  # up the critic's slope
     [0.5, 0.5]
     """
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
     for name, count in (("critic_steps", critic_steps), ("generator_draws", generator_draws)):
-        if count < 1:
+        if operator.index(count) < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     played, judge = game(loss), unconstrained(critic)
     optimisers = {
@@ -288,7 +302,7 @@ def adversarial_task(
 
         critic = params["critic"], model_state["critic"], opt_state["critic"]
         (critic_params, judge_state, critic_opt), (critic_means, critic_bad) = jax.lax.scan(
-            critic_update, critic, (groups, critic_keys), unroll=critic_steps
+            critic_update, critic, (groups, critic_keys), unroll=critic_steps if unroll else 1
         )
 
         rows = jax.tree.map(lambda x: jnp.repeat(x[0], generator_draws, axis=0), groups)
@@ -301,14 +315,9 @@ def adversarial_task(
 
         grads, means, made_state = gradient(fakes_by[0], generator_objective, rows)
 
-        # All or nothing. What comes after a bad update is bad too: the first one is at fault.
-        fails = jnp.any(critic_bad, axis=1)
-        first = jnp.cumsum(fails) == fails
-        critic_bad = jnp.any(critic_bad & first[:, None], axis=0)
-        bad = jnp.append(critic_bad, nonfinite_leaves(grads) & ~jnp.any(fails))
+        # All or nothing. The old critic had to wait for this; the generator is left in place.
+        bad = first_at_fault(critic_bad, nonfinite_leaves(grads))
         skip = jnp.any(bad)
-
-        # The old critic had to wait for this; the generator is left as it was in place.
         new_critic = critic_params, judge_state, critic_opt
         new_critic = jax.tree.map(lambda old, new: choose(skip, old, new), critic, new_critic)
         updates, generator_opt = update_unless(

@@ -58,6 +58,30 @@ class Generated(NamedTuple):
     Attributes:
       examples: `[B, ...]`, of the shape of real ones.
       model_state: the new model state; None leaves it as it was.
+
+    Two linen networks, the generator with batch norm, as `adversarial_task` wants them:
+
+    >>> import optax
+    >>> from blogjax.core.random import normal
+    >>> from blogjax.models.gan import DCGANCritic, DCGANGenerator
+    >>> from blogjax.tasks.adversarial import adversarial_task
+    >>> generator, judge = DCGANGenerator(channels=1, widths=(8, 4)), DCGANCritic((4, 8))
+    >>> def init(key):
+    ...     keys = jax.random.split(key)
+    ...     return {
+    ...         "generator": generator.init(keys[0], jnp.zeros((1, 16)), train=True),
+    ...         "critic": judge.init(keys[1], jnp.zeros((1, 8, 8, 1))),
+    ...     }
+    >>> def generate(params, model_state, keys, batch, train):
+    ...     variables, z = {"params": params, **model_state}, normal(keys, (len(keys), 16))
+    ...     if not train:
+    ...         return Generated(generator.apply(variables, z, train=False))
+    ...     return Generated(*generator.apply(variables, z, train=True, mutable=["batch_stats"]))
+    >>> def critic(params, x):
+    ...     return judge.apply({"params": params}, x)
+    >>> task = adversarial_task(init, generate, critic, optax.adam(2e-4), optax.adam(2e-4))
+    >>> list(jax.eval_shape(task.init, jax.random.key(0)).model_state["generator"])
+    ['batch_stats']
     """
 
     examples: jax.Array
@@ -190,6 +214,25 @@ def towards(average: jax.Array, x: jax.Array, rate: jax.Array, skip: jax.Array) 
     # -0.0 leaves every number as it was, in place; see `skip_nonfinite`.
     way = rate.astype(average.dtype) * (x.astype(average.dtype) - average)
     return average + jnp.where(skip, -0.0, way)
+
+
+def first_at_fault(critic: jax.Array, generator: jax.Array) -> jax.Array:
+    """Tells which leaves of the first bad update were bad; what comes after it is bad as well.
+
+    Args:
+      critic: bool `[updates, leaves]`.
+      generator: bool `[leaves]`, of the update that comes last.
+
+    Returns:
+      bool, the critic's leaves and the generator's.
+
+    >>> first_at_fault(jnp.array([[False, False], [True, False]]), jnp.array([True])).tolist()
+    [True, False, False]
+    """
+    fails = jnp.any(critic, axis=1)
+    first = jnp.cumsum(fails) == fails
+    of_critic = jnp.any(critic & first[:, None], axis=0)
+    return jnp.append(of_critic, generator & ~jnp.any(fails))
 
 
 def kept_dtype(new: Any, old: Any) -> jax.Array:

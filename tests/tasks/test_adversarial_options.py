@@ -218,6 +218,12 @@ def test_bad_options(options, message):
         linear_task(**options)
 
 
+def test_counts_are_integers():
+    for name in ("critic_steps", "generator_draws"):
+        with pytest.raises(TypeError, match="float"):
+            linear_task(**{name: 2.0})
+
+
 def missing(**changes):
     return lambda key: {**linear_init(key), **changes}
 

@@ -30,15 +30,18 @@ from blogjax.train import mesh as meshes
 from blogjax.train import per_device
 
 
-def test_three_steps_by_hand():
+@pytest.mark.parametrize("unroll", [True, False])
+def test_three_steps_by_hand(unroll):
     """Wasserstein, clipping, three updates of the critic, an average, padding full of NaN."""
     z = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
     weight = np.array([1, 1, 1, 0, 2, 1, 1, 1, 0, 1, 1, 0], np.float32)
     task = linear_task(
         optax.sgd(0.3), optax.sgd(0.2, momentum=0.5), generate=shifted,
-        critic=clipped(linear, 0.25), critic_steps=3, ema_decay=0.15,
+        critic=clipped(linear, 0.25), critic_steps=3, ema_decay=0.15, unroll=unroll,
     )  # fmt: skip
     state = start(task)
+    program = jax.make_jaxpr(task.step)(state, batch_of(z=z), jax.random.key(0))
+    assert f"unroll={3 if unroll else 1}" in str(program)
     w, b, g = np.array([0.3, 0.0]), 0.0, np.array([0.5, 0.0])
     trace, ema = np.zeros(3), g.copy()
     for t in range(3):
