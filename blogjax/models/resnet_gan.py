@@ -32,7 +32,8 @@ class ResNetGenerator(ImageGenerator):
     follow the last. The defaults give 32 x 32.
 
     Args, results, errors and attributes as `DCGANGenerator`; one block for each entry of `widths`
-    after the first.
+    after the first. The one for 48 x 48 (STL-10) has `widths=(512, 256, 128, 64), base=6`, its
+    critic `widths=(64, 128, 256, 512), halvings=4`.
 
     >>> import jax, jax.numpy as jnp
     >>> model = ResNetGenerator(channels=1, widths=(32, 32))

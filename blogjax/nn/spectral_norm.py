@@ -29,7 +29,8 @@ def spectral_vectors(key: jax.Array, params: Any) -> Any:
 
     Args:
       key: a scalar typed key.
-      params: pytree of parameters. Leaves of two or more axes, `[..., out]`, are kernels.
+      params: pytree of parameters. Leaves of two or more axes, `[..., out]`, are kernels, tables of
+        embeddings among them; kernels of several layers stacked in one leaf would count as one.
 
     Returns:
       The tree of `params` with `[out]`, float32 or better, in place of a kernel and None in place

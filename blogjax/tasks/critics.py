@@ -257,8 +257,12 @@ def constrain(
 ) -> ConstrainedCritic:
     """Constrains a critic by the name of the constraint.
 
+    Constraints add up, and a later one sees what the earlier ones made: "gp" after "gn" penalises
+    the normalised output, "gn" after "gp" normalises a critic whose own slope is penalised. "sn"
+    and "clip" work on the parameters, whatever their place.
+
     Args:
-      critic: `critic(params, x, *args) -> [B]`, or one constrained already: constraints add up.
+      critic: `critic(params, x, *args) -> [B]`, or one constrained already.
       kind: `"none"`; `"clip"` with the option `bound`; `"sn"` with `iterations`; `"gp"` with
         `weight`, `target` and `one_sided`; `"gn"` and `"gran"` with `eps` and `lipschitz`.
       **options: those of the kind; the functions of this module say what they mean.
@@ -273,7 +277,7 @@ def constrain(
     >>> constrain(lambda params, x: x @ params, "clip", bound=0.5).project(jnp.ones(2)).tolist()
     [0.5, 0.5]
     """
-    if kind not in CONSTRAINTS:
+    if kind not in tuple(CONSTRAINTS):
         raise ValueError(
             f"constraint {kind!r} is unknown; valid: {', '.join(map(repr, CONSTRAINTS))}"
         )

@@ -162,6 +162,7 @@ def test_every_constraint_by_its_name():
     ("make", "message"),
     [
         (lambda: constrain(linear, "wgan"), r"'wgan' is unknown; valid: 'none', 'clip', 'sn'"),
+        (lambda: constrain(linear, ["sn", "gp"]), r"\['sn', 'gp'\] is unknown; valid"),
         (lambda: constrain(linear, "clip", weight=1), "'clip' has no options weight; .*: bound"),
         (lambda: constrain(linear, "none", bound=1), "'none' has no options bound; .*: none"),
         (lambda: clipped(linear, 0.0), "positive, got 0"),
