@@ -90,6 +90,17 @@ def test_the_published_networks_have_their_numbers_of_parameters():
     first = conv(3, 3, 128) + conv(3, 128, 128) + conv(1, 3, 128)
     resnet = first + 6 * conv(3, 128, 128) + conv(1, 128, 128) + 129
     assert count(ResNetCritic(), x) == resnet == 1_053_825
+
+    x = jnp.zeros((2, 48, 48, 3))  # STL-10
+    resnet = 129 * 6 * 6 * 512
+    for i, o in ((512, 256), (256, 128), (128, 64)):
+        resnet += 2 * (i + o) + conv(3, i, o) + conv(3, o, o) + conv(1, i, o)
+    resnet += 2 * 64 + conv(3, 64, 3)
+    assert count(ResNetGenerator(widths=(512, 256, 128, 64), base=6), z, train=True) == resnet
+    resnet = 513
+    for i, o in ((3, 64), (64, 128), (128, 256), (256, 512)):
+        resnet += conv(3, i, o) + conv(3, o, o) + conv(1, i, o)
+    assert count(ResNetCritic((64, 128, 256, 512), halvings=4), x) == resnet
     for model, given, shape in [
         (DCGANGenerator(), z, (2, 32, 32, 3)),
         (ResNetGenerator(base=6, widths=(512, 256, 128, 64)), z, (2, 48, 48, 3)),
