@@ -339,7 +339,9 @@ def test_the_claims_by_hand():
         (7, inf), (1, inf), (1, inf), (-inf, 1e-6), (1, inf), (0.1, inf), (2, inf), (1, inf),
         (1, inf), (1.2, inf),
     ]  # fmt: skip
-    assert [c.verdict for c in found].count("holds") == 6  # 7 of 7, 1.25 of 1 and times are too near
+    assert [c.verdict for c in found].count(
+        "holds"
+    ) == 6  # 7 of 7, 1.25 of 1 and times are too near
     other = _measured(
         gn={"modes": 3, "slope": 1.2, "w2": None, "jumps": {"share": 0.01}},
         gran={"w2": 0.1}, gp={"slope": 0.8}, direction={"w2": 0.2},

@@ -116,9 +116,14 @@ def test_the_commands_of_the_readme(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "lion_embedding_drift", "lion_vs_adamw", "gradient_penalty_inequality", "gan_ring_2d",
-        "adversarial_digits", "vat_digits",
-    ],  # fmt: skip
+        "lion_embedding_drift",
+        "lion_vs_adamw",
+        "gradient_penalty_inequality",
+        "gan_ring_2d",
+        "adversarial_digits",
+        "vat_digits",
+        "gan",
+    ],
 )
 def test_a_default_run_does_not_contradict_the_published_one(tmp_path, environment, name):
     """One seed against three: what is clear in both must be the same."""
