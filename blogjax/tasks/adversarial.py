@@ -301,9 +301,16 @@ def adversarial_task(
             return (params, judge_state, opt_state), (means, nonfinite_leaves(grads))
 
         critic = params["critic"], model_state["critic"], opt_state["critic"]
-        (critic_params, judge_state, critic_opt), (critic_means, critic_bad) = jax.lax.scan(
-            critic_update, critic, (groups, critic_keys), unroll=critic_steps if unroll else 1
-        )
+        turns = (groups, critic_keys)
+        if unroll:  # not by scan: it leaves a loop around a single turn, slow on a CPU
+            new, each = critic, []
+            for k in range(critic_steps):
+                new, out = critic_update(new, jax.tree.map(lambda x, k=k: x[k], turns))
+                each.append(out)
+            critic_means, critic_bad = jax.tree.map(lambda *x: jnp.stack(x), *each)
+        else:
+            new, (critic_means, critic_bad) = jax.lax.scan(critic_update, critic, turns)
+        critic_params, judge_state, critic_opt = new
 
         rows = jax.tree.map(lambda x: jnp.repeat(x[0], generator_draws, axis=0), groups)
         used, _ = judge.effective(critic_params, judge_state)

@@ -41,7 +41,7 @@ def test_three_steps_by_hand(unroll):
     )  # fmt: skip
     state = start(task)
     program = jax.make_jaxpr(task.step)(state, batch_of(z=z), jax.random.key(0))
-    assert f"unroll={3 if unroll else 1}" in str(program)
+    assert ("scan[" in str(program)) is not unroll
     w, b, g = np.array([0.3, 0.0]), 0.0, np.array([0.5, 0.0])
     trace, ema = np.zeros(3), g.copy()
     for t in range(3):
