@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 # Closer to 0 than this, gamma may underflow in float32, and the mean is the geometric one anyway.
@@ -44,7 +45,7 @@ def _checked(losses: ArrayLike) -> jax.Array:
 
 def _check_positive(losses: jax.Array, what: str) -> None:
     # Traced values cannot be looked at; those at hand can.
-    if not isinstance(losses, jax.core.Tracer) and not np.all(np.asarray(losses) > 0):
+    if not isinstance(losses, Tracer) and not np.all(np.asarray(losses) > 0):
         raise ValueError(f"{what} needs positive losses, got {np.asarray(losses).tolist()}")
 
 
