@@ -61,8 +61,8 @@ def coefficient_free_weight_decay(
         factor = jnp.where(square != 0, against / jnp.where(square != 0, square, 1), 0)
 
         def one(u: jax.Array, p: jax.Array) -> jax.Array:
-            taken = u - (factor * p.astype(factor.dtype)).astype(u.dtype)
-            return jnp.where(factor == 0, u, taken)
+            taken = u.astype(factor.dtype) - factor * p.astype(factor.dtype)
+            return jnp.where(factor == 0, u, taken.astype(u.dtype))
 
         return jax.tree.map(one, updates, params), state
 

@@ -1,7 +1,7 @@
 """What a combiner of task gradients is: a function from their Gram matrix to weights.
 
-What: `Combiner`, the signature that all of them share; `check_gram`, and `finite_or_uniform`, which
-  says what they do with NaN.
+What: `Combiner`, the signature that all of them share; `check_gram`, `check_losses`; `shares`;
+  `finite_or_uniform`, which says what they do with NaN.
 Post: https://kexue.fm/archives/8896
 Paper: Sener & Koltun 2018, arXiv:1810.04650.
 Equations: u = sum_i w_i g_i, w = combiner(G G').
@@ -56,6 +56,22 @@ def check_losses(losses: jax.Array | None, gram: jax.Array, name: str) -> jax.Ar
     if losses.shape != gram.shape[:1]:
         raise ValueError(f"losses of shape {losses.shape} for {gram.shape[0]} tasks")
     return losses.astype(gram.dtype)
+
+
+def shares(x: jax.Array, among: jax.Array | None = None) -> jax.Array:
+    """Returns `x` divided by the sum of its entries, exactly 1 where one entry is the whole sum.
+
+    Args:
+      x: `[K]`, not negative. If the sum is 0, it is returned as it is.
+      among: bool `[K]`, the entries that are summed; by default all.
+
+    >>> shares(jnp.array([0.0, 7.0])).tolist()
+    [0.0, 1.0]
+    """
+    total = jnp.sum(x if among is None else jnp.where(among, x, 0))
+    quotient = x / jnp.where(total > 0, total, 1)
+    # XLA multiplies by the inverse of a number that divides a vector: a / a is not always 1 then.
+    return jnp.where((x == total) & (total > 0), 1, quotient)
 
 
 def finite_or_uniform(

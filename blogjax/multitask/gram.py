@@ -21,13 +21,16 @@ def check_tasks(gradients: Any) -> int:
     """Returns the number of tasks, the length of the leading axis that all leaves share.
 
     Raises:
-      ValueError: if a leaf has no leading axis or another length, if there is no leaf, or no task.
+      ValueError: if a leaf has no leading axis or another length or is not of real numbers, if
+        there is no leaf, or no task.
     """
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
     if not leaves:
         raise ValueError("no gradients: the tree has no leaves")
     path, first = leaves[0]
     for at, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{leaf_name(at)} is {leaf.dtype}, but gradients are real numbers")
         if jnp.ndim(leaf) < 1:
             raise ValueError(f"{leaf_name(at)} is a scalar: it lacks the leading axis of tasks")
         if leaf.shape[0] != first.shape[0]:

@@ -199,6 +199,7 @@ def generalized_mean(losses: ArrayLike, gamma: float) -> WeightedLoss:
     if gamma == 1:
         return WeightedLoss(jnp.mean(losses), jnp.full_like(losses, 1 / tasks))
     _check_positive(losses, f"generalized_mean with gamma={gamma}")
+    losses = jnp.where(losses > 0, losses, jnp.nan)
     if math.isinf(gamma):
         extreme = jnp.max(losses) if gamma > 0 else jnp.min(losses)
         reached = jax.lax.stop_gradient(losses == extreme)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from blogjax.core.random import Key
-from blogjax.multitask.combiner import check_gram, check_losses, finite_or_uniform
+from blogjax.multitask.combiner import check_gram, check_losses, finite_or_uniform, shares
 from blogjax.multitask.nonnegative_least_squares import nonnegative_least_squares
 
 Normalize = Literal["none", "l2", "loss", "loss+"]
@@ -82,7 +82,6 @@ def min_norm_weights(
         x = nonnegative_least_squares(scaled, -jnp.ones_like(size)).x
         if not drop_zero:
             x = jnp.where(jnp.any(zero), zero.astype(x.dtype), x)
-        total = jnp.sum(x)
-        return x / jnp.where(total > 0, total, 1) / size
+        return shares(x) / size
 
     return finite_or_uniform(gram, weigh)

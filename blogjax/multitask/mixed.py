@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blogjax.core.random import Key
-from blogjax.multitask.combiner import check_gram, finite_or_uniform
+from blogjax.multitask.combiner import check_gram, finite_or_uniform, shares
 from blogjax.multitask.nonnegative_least_squares import nonnegative_least_squares
 
 
@@ -63,7 +63,6 @@ def mixed_weights(
         x = nonnegative_least_squares(gram, -chosen.astype(gram.dtype)).x
         if not drop_zero:
             x = jnp.where(jnp.any(zero), zero.astype(x.dtype), x)
-        total = jnp.sum(jnp.where(chosen, x, 0))
-        return x / jnp.where(total > 0, total, 1)
+        return shares(x, chosen)
 
     return finite_or_uniform(gram, weigh)

@@ -11,6 +11,9 @@ Differences from the post: it iterates over single coefficients, choosing the mo
   constraint, and never lowers a coefficient whose constraint is slack. That stops short of the
   optimum; tests/multitask has the counter-example. Here a set of free coefficients is kept, solved
   for together, and left again where a coefficient would become negative.
+Differences from the book: the set starts with all coefficients that lower the objective by
+  themselves instead of with none, and loses the negative ones until a solution has no more of them.
+  It takes a few systems instead of one for each coefficient, and equal gradients share.
 """
 
 from typing import NamedTuple
@@ -49,9 +52,9 @@ def nonnegative_least_squares(
 
     Args:
       gram: `[n, n]`, symmetric and positive semi-definite, float32 or float64.
-      linear: `[n]`, of the same dtype.
+      linear: `[n]`, of the same dtype; n may be 0.
       max_iterations: bound on the linear systems solved; by default `10 n + 10`, many times what
-        is needed.
+        is needed: usually 2 to 5, about 20 in the worst cases seen with n = 32.
 
     Returns:
       The solution. Where the minimum is not reached (a direction without curvature along which the
@@ -76,6 +79,8 @@ def nonnegative_least_squares(
         raise ValueError(f"gram of shape {gram.shape} does not fit linear of shape {linear.shape}")
     if gram.dtype != linear.dtype or not jnp.issubdtype(gram.dtype, jnp.floating):
         raise ValueError(f"gram is {gram.dtype} and linear {linear.dtype}; one float type needed")
+    if n == 0:
+        return Solution(jnp.zeros_like(linear), jnp.zeros((), jnp.int32), jnp.ones((), bool))
     limit = 10 * n + 10 if max_iterations is None else max_iterations
     eps = float(jnp.finfo(gram.dtype).eps)
     ridge = n * eps
@@ -87,7 +92,7 @@ def nonnegative_least_squares(
     matrix = jnp.where(eye, curved.astype(gram.dtype), gram * scale[:, None] * scale[None, :])
     target = -linear * scale
     # What is common to all coefficients has no part in which are free.
-    size = jnp.max(jnp.abs(target), initial=0)
+    size = jnp.max(jnp.abs(target))
     target = target / jnp.where(size > 0, size, 1)
 
     def solve(free: jax.Array) -> jax.Array:
@@ -108,7 +113,9 @@ def nonnegative_least_squares(
         reach = jnp.where(negative, x / jnp.where(x > z, x - z, 1), 1)
         first = negative & (reach <= jnp.min(reach))
         part = x + jnp.min(reach) * (z - x)
-        leaving = first | (free & (part <= 0))
+        # Before the first system without negative coefficients all of those leave at once.
+        unsolved = ~jnp.any(x > 0)
+        leaving = jnp.where(unsolved, negative, first | (free & (part <= 0)))
         stopped = jnp.where(leaving | ~free, 0, part)
 
         slope = target - _times(matrix, z)
@@ -121,7 +128,7 @@ def nonnegative_least_squares(
         return _State(
             x=jnp.where(blocked, stopped, z),
             free=jnp.where(blocked, free & ~leaving, free | (open_ & (jnp.arange(n) == best))),
-            barred=jnp.where(blocked, barred | (leaving & (x <= 0)), barred_z),
+            barred=jnp.where(blocked, barred | (leaving & (x <= 0) & ~unsolved), barred_z),
             value=jnp.where(blocked, value, jnp.minimum(value, value_z)),
             iterations=iterations + 1,
             done=~blocked & ~jnp.any(open_),
@@ -133,7 +140,12 @@ def nonnegative_least_squares(
     none = jnp.zeros(n, bool)
     zero = jnp.zeros((), gram.dtype)
     start = _State(
-        jnp.zeros_like(target), none, none, zero, jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+        x=jnp.zeros_like(target),
+        free=target > 0,
+        barred=none,
+        value=zero,
+        iterations=jnp.zeros((), jnp.int32),
+        done=jnp.zeros((), bool),
     )
     end = jax.lax.while_loop(unfinished, body, start)
     return Solution(end.x * scale * size, end.iterations, end.done)

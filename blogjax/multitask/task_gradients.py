@@ -47,7 +47,12 @@ class CombinedGradient(NamedTuple):
     aux: Any
 
 
-def _check_losses(losses: jax.Array) -> None:
+def _check_losses(losses: Any) -> None:
+    if not isinstance(losses, jax.Array):
+        raise ValueError(
+            f"losses must return an array [K], got {type(losses).__name__}; jnp.stack scalars, and "
+            "say has_aux=True where more is returned"
+        )
     if jnp.ndim(losses) != 1 or losses.shape[0] < 1:
         raise ValueError(
             f"losses must return one number for each task, [K] with K of at least 1, got "
@@ -57,16 +62,35 @@ def _check_losses(losses: jax.Array) -> None:
         raise ValueError(f"losses must be real numbers, got {losses.dtype}")
 
 
+def _own(tree: Any, axis_name: AxisName) -> Any:
+    """The same values, but seen as this device's own.
+
+    Under `shard_map(check_vma=True)` jax sums gradients by replicated parameters by itself, and a
+    mean over them would be too large by the number of devices. By varying ones it does not.
+    """
+    if axis_name is None:
+        return tree
+    here = jax.lax.axis_index(axis_name) >= 0
+    return jax.tree.map(lambda x: jnp.where(here, x, x), tree)
+
+
 def _mean(x: Any, axis_name: AxisName) -> Any:
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
 
-def task_gradients(losses: Losses, params: Any, *, has_aux: bool = False) -> TaskGradients:
+def _one_hots(values: jax.Array, axis_name: AxisName) -> jax.Array:
+    return _own(jnp.eye(values.shape[0], dtype=values.dtype), axis_name)
+
+
+def task_gradients(
+    losses: Losses, params: Any, *, axis_name: AxisName = None, has_aux: bool = False
+) -> TaskGradients:
     """The gradient of every task, by one forward pass and K backward passes run as one.
 
     Args:
       losses: `losses(params) -> [K]`, or `([K], aux)`.
       params: pytree of real arrays.
+      axis_name: axes of data parallelism, over which losses and gradients are averaged.
       has_aux: whether `losses` returns something else.
 
     Returns:
@@ -80,12 +104,14 @@ def task_gradients(losses: Losses, params: Any, *, has_aux: bool = False) -> Tas
     >>> task_gradients(both, jnp.array([1.0, 2.0])).gradients.tolist()
     [[2.0, 4.0], [1.0, 1.0]]
     """
+    params = _own(params, axis_name)
     if has_aux:
         values, pull, aux = jax.vjp(losses, params, has_aux=True)
     else:
         (values, pull), aux = jax.vjp(losses, params), None
     _check_losses(values)
-    (gradients,) = jax.vmap(pull)(jnp.eye(values.shape[0], dtype=values.dtype))
+    (gradients,) = jax.vmap(pull)(_one_hots(values, axis_name))
+    values, gradients = _mean((values, gradients), axis_name)
     return TaskGradients(values, gradients, aux)
 
 
@@ -121,6 +147,10 @@ def combined_gradient(
       Losses and Gram matrix, averaged, the weights, and the combined gradient, a tree like
       `params`; `aux` as it is, not averaged.
 
+    Numerics: with `"jacrev"` products are summed in float32 or better. With `"scan"` they are formed
+      by the directional derivative, in the arithmetic of `losses`: with bfloat16 parameters, or
+      where float32 matrices are multiplied in less, the Gram matrix has that accuracy only.
+
     Raises:
       ValueError: if the losses are not `[K]` real numbers, or the mode is unknown.
 
@@ -134,8 +164,9 @@ def combined_gradient(
         raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
     if mode == "scan":
         return _scanned(losses, params, combiner, shared, axis_name, key, has_aux)
-    values, gradients, aux = task_gradients(losses, params, has_aux=has_aux)
-    values, gradients = _mean((values, gradients), axis_name)
+    values, gradients, aux = task_gradients(
+        losses, params, axis_name=axis_name, has_aux=has_aux
+    )
     matrix = gram(gradients, shared=shared)
     weights = combiner(matrix, key=key, losses=values)
     return CombinedGradient(
@@ -152,6 +183,7 @@ def _scanned(
     key: Key | None,
     has_aux: bool,
 ) -> CombinedGradient:
+    params = _own(params, axis_name)
     if has_aux:
         values, push, aux = jax.linearize(losses, params, has_aux=True)
     else:
@@ -161,13 +193,15 @@ def _scanned(
     counted = jax.tree.broadcast(shared, params)
 
     def pull(cotangent: jax.Array) -> Any:
-        return _mean(transposed(cotangent.astype(values.dtype))[0], axis_name)
+        cotangent = _own(cotangent.astype(values.dtype), axis_name)
+        return _mean(transposed(cotangent)[0], axis_name)
 
     def column(_: None, one_hot: jax.Array) -> tuple[None, jax.Array]:
         gradient = jax.tree.map(
             lambda g, counts: g if counts else jnp.zeros_like(g), pull(one_hot), counted
         )
-        return None, push(gradient).astype(jnp.promote_types(values.dtype, jnp.float32))
+        products = push(_own(gradient, axis_name))
+        return None, products.astype(jnp.promote_types(values.dtype, jnp.float32))
 
     tasks = values.shape[0]
     _, matrix = jax.lax.scan(column, None, jnp.eye(tasks, dtype=values.dtype))
@@ -225,10 +259,10 @@ def shared_feature_gradient(
     >>> [round(float(g), 3) for g in out.gradient[0]]
     [3.2, 1.6]
     """
-    features, back = jax.vjp(encode, trunk)
-    (values, pull) = jax.vjp(losses, features, heads)
+    features, back = jax.vjp(encode, _own(trunk, axis_name))
+    values, pull = jax.vjp(losses, features, _own(heads, axis_name))
     _check_losses(values)
-    by_features, by_heads = jax.vmap(pull)(jnp.eye(values.shape[0], dtype=values.dtype))
+    by_features, by_heads = jax.vmap(pull)(_one_hots(values, axis_name))
     matrix = gram(by_features)
     if axis_name is not None:
         matrix = jax.lax.pmean(matrix, axis_name) / jax.lax.psum(1, axis_name)
