@@ -61,9 +61,10 @@ def nonnegative_least_squares(
       objective falls), the coefficients along it are large, about `1 / (n eps)`. A coefficient
       without curvature of its own, `gram[i, i] == 0`, stays 0.
 
-    Numerics: in the arithmetic of `gram`. A ridge of `n eps` on the scaled matrix keeps the systems
-      solvable; one step of refinement takes its effect out again where the matrix is not singular.
-      NaN or infinity end the loop at once and give some finite or NaN `x`; callers look beforehand.
+    Numerics: in the arithmetic of `gram`. A ridge on the scaled matrix, of `n eps` or more where
+      rounding has made it indefinite, keeps the systems solvable; one step of refinement takes its
+      effect out again where the matrix is not singular. NaN or infinity end the loop at once and
+      give some finite or NaN `x`; callers look beforehand.
 
     Raises:
       ValueError: if the shapes or the dtypes do not fit.
@@ -83,7 +84,6 @@ def nonnegative_least_squares(
         return Solution(jnp.zeros_like(linear), jnp.zeros((), jnp.int32), jnp.ones((), bool))
     limit = 10 * n + 10 if max_iterations is None else max_iterations
     eps = float(jnp.finfo(gram.dtype).eps)
-    ridge = n * eps
 
     diagonal = jnp.diagonal(gram)
     curved = diagonal > 0
@@ -95,9 +95,18 @@ def nonnegative_least_squares(
     size = jnp.max(jnp.abs(target))
     target = target / jnp.where(size > 0, size, 1)
 
+    # Inner products of long vectors are rounded by more than n eps: what should be singular may be
+    # indefinite. A ridge that is enough for the whole matrix is so for every part of it.
+    def indefinite(ridge: jax.Array) -> jax.Array:
+        factor = jax.lax.linalg.cholesky(matrix + jnp.diag(jnp.where(curved, ridge, 1)))
+        return jnp.any(jnp.isnan(factor)) & (ridge < 1)
+
+    smallest = jnp.asarray(n * eps, gram.dtype)
+    ridge = jax.lax.while_loop(indefinite, lambda ridge: 8 * ridge, smallest)
+
     def solve(free: jax.Array) -> jax.Array:
         both = free[:, None] & free[None, :]
-        system = jnp.where(both, matrix, 0) + jnp.diag(jnp.where(free, ridge, 1).astype(gram.dtype))
+        system = jnp.where(both, matrix, 0) + jnp.diag(jnp.where(free, ridge, 1))
         factor = jax.scipy.linalg.cho_factor(system, lower=True)
         wanted = jnp.where(free, target, 0)
         x = jax.scipy.linalg.cho_solve(factor, wanted)

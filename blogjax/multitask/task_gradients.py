@@ -164,9 +164,7 @@ def combined_gradient(
         raise ValueError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
     if mode == "scan":
         return _scanned(losses, params, combiner, shared, axis_name, key, has_aux)
-    values, gradients, aux = task_gradients(
-        losses, params, axis_name=axis_name, has_aux=has_aux
-    )
+    values, gradients, aux = task_gradients(losses, params, axis_name=axis_name, has_aux=has_aux)
     matrix = gram(gradients, shared=shared)
     weights = combiner(matrix, key=key, losses=values)
     return CombinedGradient(
