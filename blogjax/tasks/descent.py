@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax.core import unfreeze
 
+from blogjax.core.broadcasting import per_example
 from blogjax.core.masked import masked_sum
 from blogjax.core.norms import global_norm
 from blogjax.optim.skip_nonfinite import skip_nonfinite
@@ -101,6 +102,25 @@ def check_metrics(names: Collection[str], reserved: Collection[str]) -> None:
     taken = set(reserved) & set(names)
     if taken:
         raise ValueError(f"metrics of the loss may not be called {sorted(taken)}")
+
+
+def without_padding(batch: Batch) -> Batch:
+    """The batch with zeros in the floating arrays' rows of weight 0.
+
+    Losses there are left out, but NaN in their inputs would reach the gradient as 0 times NaN.
+
+    >>> batch = {"x": jnp.array([1.0, jnp.nan]), "weight": jnp.array([1.0, 0.0])}
+    >>> without_padding(batch)["x"].tolist()
+    [1.0, 0.0]
+    """
+    absent = batch["weight"] == 0
+
+    def one(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return jnp.where(per_example(absent, x), 0, x)
+
+    return {name: one(x) for name, x in batch.items()}
 
 
 def sum_and_count(values: Any, weight: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -33,6 +33,7 @@ from blogjax.tasks.descent import (
     check_metrics,
     descent_task,
     sum_and_count,
+    without_padding,
 )
 from blogjax.train.task import Batch, Metrics, Task
 
@@ -47,8 +48,10 @@ class MultitaskOutput(NamedTuple):
 
     Attributes:
       losses: `[B, K]`, one number per example and task.
-      weights: `[B, K]`, not negative, or bools: 0 where an example lacks a task's label. Its loss
-        counts nothing then, whatever it holds. None where all have all.
+      weights: `[B, K]`, not negative, or bools: 0 where an example lacks a task's label, and its
+        loss counts nothing, whatever it is. But put some number for a label that is NaN before the
+        loss is computed: on the way back from there to the parameters, 0 times NaN is NaN. None
+        where all examples have all labels.
       metrics: `{name: [B]}`, averaged over the rows, or `{name: ([B], weights [B])}`, averaged over
         those that have the label, say, and reported.
       model_state: the new model state; None leaves it as it was.
@@ -87,7 +90,9 @@ def multitask_task(
     losses is minimised. All else is as in `gradient_task`: the average of the parameters, model
     states, and that a step whose gradient is not finite changes nothing but `step`. Where one
     task's gradient is not finite all weights fall back to equal ones, so the combined one is not
-    finite either, and the step is left out; its `NonfiniteLeaves` begins with the tasks at fault.
+    finite either, and the step is left out; its `NonfiniteLeaves` begins with the tasks whose
+    losses are not finite or, if all are, whose gradients are not. Rows of weight 0 count nothing,
+    whatever they hold: `losses` is given zeros instead.
 
     Args:
       init: `init(key) -> {"params": tree, **model_state}`, as a linen module's `init` returns.
@@ -117,11 +122,12 @@ def multitask_task(
     Returns:
       A `Task` whose state is a `GradientState`. Metrics, besides those of `gradient_task` and of
       `MultitaskOutput`: `loss`, the mean of the K losses; `loss/<name>`; `weight/<name>`;
-      `nonfinite_tasks`, how many losses or norms are not finite (in float32 norms above 1e19 are
-      not, and weights equal then). With a weighting `objective`, its value. With a combiner, over
-      the shared parameters, `grad_norm/<name>`; `conflicts`, the share of pairs of tasks whose
-      gradients have a negative product; `stationarity`, `|g|^2 / mean_k |g_k|^2`, which for weights
-      that sum to 1 goes to 0 at a Pareto stationary point (0 also if all gradients are zero).
+      `nonfinite_tasks`, how many losses, or else gradients, are not finite. A norm above 1e19,
+      whose square float32 lacks, counts as such: weights are equal then, and the step is taken.
+      With a weighting `objective`, its value. With a combiner, over the shared parameters,
+      `grad_norm/<name>`; `conflicts`, the share of pairs of tasks whose gradients have a negative
+      product; `stationarity`, `|g|^2 / mean_k |g_k|^2`, which for weights that sum to 1 goes to 0
+      at a Pareto stationary point (0 also if all gradients are zero).
 
     Raises:
       ValueError: if the names are none or not all different, there are both a combiner and a
@@ -160,9 +166,12 @@ def multitask_task(
     reserved = RESERVED | _OWN | {f"{kind}/{name}" for kind in _OF_EACH for name in names}
 
     def gradient(state: GradientState, batch: Batch, key: jax.Array) -> Gradient:
+        weight = batch["weight"]
+        rows = without_padding(batch)
+
         def means(params: Any) -> tuple[jax.Array, MultitaskOutput]:
-            out = losses(params, state.model_state, batch, key)
-            return _global_means(out, batch["weight"], names, axis_name), out
+            out = losses(params, state.model_state, rows, key)
+            return _global_means(out, weight, names, axis_name), out
 
         if combine is not None:
             found = combined_gradient(
@@ -183,13 +192,15 @@ def multitask_task(
                 "conflicts": _conflicts(found.gram),
                 "stationarity": _stationarity(grads, squares, shared),
             }
-            bad = ~(jnp.isfinite(of_each) & jnp.isfinite(squares))
+            # A zero times NaN is NaN: in gradients one task's passes to all, in losses it does not.
+            bad = ~jnp.isfinite(of_each)
+            bad = jnp.where(jnp.any(bad), bad, ~jnp.isfinite(squares))
         else:
             of_each, weighted, grads, out = _weighted(means, state.params, weigh, shared, axis_name)
             of_tasks = {**_named("weight", names, weighted.weights), "objective": weighted.loss}
             bad = ~jnp.isfinite(of_each)
         check_metrics(out.metrics, reserved)
-        sums = {name: sum_and_count(v, batch["weight"]) for name, v in out.metrics.items()}
+        sums = {name: sum_and_count(v, weight) for name, v in out.metrics.items()}
         if axis_name is not None:
             sums = jax.lax.psum(sums, axis_name)
         metrics: Metrics = {

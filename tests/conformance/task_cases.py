@@ -1,6 +1,7 @@
 """The tasks that the conformance suite runs; a new task factory is one entry of `CASES`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -16,10 +17,12 @@ from blogjax.diffusion.schedules import linear_beta_schedule
 from blogjax.losses.adversarial import critic_loss
 from blogjax.models.gan import MLPCritic, MLPGenerator
 from blogjax.models.unet import UNet
+from blogjax.multitask.loss_weighting import inverse_loss
 from blogjax.tasks.adversarial import Generated, adversarial_task
 from blogjax.tasks.critics import constrain
 from blogjax.tasks.denoising import denoising_task
 from blogjax.tasks.gradient import LossOutput, gradient_task
+from blogjax.tasks.multitask import MultitaskOutput, multitask_task
 from blogjax.train.task import Task
 from experiments.diffusion.model import make_apply, make_init
 
@@ -202,10 +205,57 @@ def adversarial(tx: optax.GradientTransformation, axis_name: str | None = None) 
     )  # fmt: skip
 
 
+def multitask(tx: optax.GradientTransformation, axis_name: str | None = None, **how) -> Task:
+    """A trunk with noise on its input, three heads; some rows lack the label of some tasks."""
+    names = ("first", "second", "sign")
+
+    def init(key):
+        flat = 0.5 * normal(key, (6 * 8 + 3 * 8,))
+        heads = dict(zip(names, flat[48:].reshape(3, 8), strict=True))
+        return {"params": {"trunk": flat[:48].reshape(6, 8), "heads": heads}}
+
+    def outputs(params, batch, noise):
+        hidden = jnp.tanh((batch["x"] + 0.1 * noise) @ params["trunk"])
+        first, second, sign = (hidden @ params["heads"][name] for name in names)
+        y = batch["y"]
+        of_sign = optax.sigmoid_binary_cross_entropy(sign, (y[:, 0] > 0).astype(jnp.float32))
+        errors = [jnp.square(first - y[:, 0]), jnp.square(second - y[:, 1]), of_sign]
+        labels = jnp.stack([y[:, 1] > -1, y[:, 0] > -1, y[:, 1] < 2], axis=1)
+        return MultitaskOutput(jnp.stack(errors, axis=1), labels)
+
+    def losses(params, model_state, batch, key):
+        keys = fold_in_rows(key, batch["row"])
+        out = outputs(params, batch, normal(keys, batch["x"].shape))
+        return out._replace(metrics={"root": (jnp.sqrt(out.losses[:, 0]), out.weights[:, 0])})
+
+    def evaluate(params, model_state, batch, key):
+        out = outputs(params, batch, 0.0)
+        return {
+            "loss": jnp.mean(out.losses, axis=1),
+            **{name: (out.losses[:, i], out.weights[:, i]) for i, name in enumerate(names)},
+        }
+
+    return multitask_task(
+        init, losses, tx, names=names, ema_decay=0.9, evaluate=evaluate, axis_name=axis_name,
+        shared={"trunk": True, "heads": False}, **how,
+    )  # fmt: skip
+
+
 CASES = {
     "noisy_regression": Case(noisy_regression, _regression_data()),
     "batch_norm_regression": Case(batch_norm_regression, _regression_data(), rows_interact=True),
     "adversarial": Case(adversarial, _regression_data(), hands=2, slow=True),
+    "multitask": Case(
+        functools.partial(multitask, combiner="gradient_normalized"), _regression_data()
+    ),
+    "multitask by scan": Case(
+        functools.partial(multitask, combiner="min_norm", mode="scan"),
+        _regression_data(),
+        slow=True,
+    ),
+    "multitask by losses": Case(
+        functools.partial(multitask, weighting=inverse_loss), _regression_data(), slow=True
+    ),
     "denoising": Case(denoising, _image_data(), poison="image"),
     "denoising by a U-Net": Case(denoising_by_unet, _image_data(), poison="image", slow=True),
 }
