@@ -132,7 +132,7 @@ def multitask_task(
     Raises:
       ValueError: if the names are none or not all different, there are both a combiner and a
         weighting, or a name or mode is unknown; in a step, if losses or weights are not `[B, K]`,
-        or the weighting's are not `[K]`.
+        the weighting's are not `[K]`, or `shared` is no prefix of the parameters.
 
     A shared trunk, a head for each task; the second label is missing in the last row:
 
