@@ -61,7 +61,11 @@ def test_bad_arguments_are_refused(change, message):
             {"weighting": lambda losses: WeightedLoss(losses, losses)},
             r"a scalar and weights of shape \(2,\), got shapes \(2,\) and \(2,\)",
         ),
-        (jnp.ones((2, 2)), {"combiner": "min_norm", "shared": {"v": True}}, r"\('v',\)[\s\S]*\('w',\)"),
+        (
+            jnp.ones((2, 2)),
+            {"combiner": "min_norm", "shared": {"v": True}},
+            r"\('v',\)[\s\S]*\('w',\)",
+        ),
     ],
 )  # fmt: skip
 def test_bad_losses_are_refused(losses, options, message):
