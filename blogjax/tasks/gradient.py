@@ -23,6 +23,7 @@ from blogjax.tasks.descent import (
     check_metrics,
     descent_task,
     ema_decay_with_warmup,
+    without_padding,
 )
 from blogjax.train.task import Batch, Task
 
@@ -106,7 +107,7 @@ def gradient_task(
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
     def gradient(state: GradientState, batch: Batch, key: jax.Array) -> Gradient:
-        weight = batch["weight"]
+        batch, weight = without_padding(batch), batch["weight"]
         total = over_devices(jnp.sum(weight))
         total = jnp.where(total == 0, 1, total)
 

@@ -127,6 +127,15 @@ def test_a_metric_may_not_hide_one_of_the_tasks_own():
         task.step(task.init(jax.random.key(0)), BATCH, jax.random.key(0))
 
 
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_what_a_row_of_weight_0_holds_never_reaches_the_gradient(garbage):
+    task = gradient_task(zero_init, quadratic, optax.sgd(0.1))
+    dirty = {**BATCH, "x": BATCH["x"].at[2].set(garbage)}
+    (clean, _), (state, metrics) = run(task, 1)[0], run(task, 1, dirty)[0]
+    chex.assert_trees_all_equal(clean, state)
+    assert metrics["skipped"] == 0
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_decay_out_of_range_is_refused(decay):
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
