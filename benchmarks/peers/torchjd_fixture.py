@@ -9,6 +9,7 @@ It needs `torch`, `torchjd` and what its UPGrad and CAGrad solve with (`quadprog
 import importlib.metadata
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,9 @@ def main() -> None:
         "options": {"dtype": "float64", "reg_eps": REGULARISATION, "norm_eps": 0.0, "seed": SEED},
         "matrices": {name: outcomes(torch.tensor(g)) for name, g in matrices().items()},
     }
-    text = json.dumps(fixture, indent=1)
+    # One line for each vector.
+    text = re.sub(r"\[([^\[\]]*)\]", lambda m: f"[{' '.join(m[1].split())}]",
+                  json.dumps(fixture, indent=1))  # fmt: skip
     FILE.parent.mkdir(parents=True, exist_ok=True)
     FILE.write_text(text + "\n")
 

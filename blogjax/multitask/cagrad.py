@@ -38,9 +38,10 @@ def cagrad_weights(
     Returns:
       `[K]`, each at least `1 / K` (before rescaling). If `gram` is not finite, `1 / K`.
 
-    Numerics: bisection, one solve for each bit of the dtype's significand. Where the gradients' hull
-      comes nearer to zero than about `sqrt(K eps)` of their norms, the level stays at what can be
-      told from rounding: at a Pareto stationary point the direction is nearly the mean gradient.
+    Numerics: bisection, one solve for each bit of the dtype's significand. Where the hull of the
+      gradients comes nearer to zero than about `sqrt(K eps)` of their norms, the level stays at
+      what can be told from rounding: at a Pareto stationary point the direction is nearly the mean
+      gradient.
 
     Raises:
       ValueError: if `gram` is not a square matrix of real numbers, or `c` out of range.

@@ -46,7 +46,8 @@ def primary_auxiliary_weights(
       there is no conflict, so that `u = g_0` to the bit. Auxiliary gradients of zero get 0. If
       `gram` is not finite, all weights are `1 / K`.
 
-    Numerics: `|u|^2` is the least up to rounding; constraints hold to about `eps |g_0| |g_i|`.
+    Numerics: `|u|^2` is the least up to rounding; constraints hold to about
+      `eps |g_i| sum_j w_j |g_j|`.
 
     Raises:
       ValueError: if `gram` is not a square matrix of real numbers, or `primary` out of range.

@@ -147,9 +147,9 @@ def combined_gradient(
       Losses and Gram matrix, averaged, the weights, and the combined gradient, a tree like
       `params`; `aux` as it is, not averaged.
 
-    Numerics: with `"jacrev"` products are summed in float32 or better. With `"scan"` they are formed
-      by the directional derivative, in the arithmetic of `losses`: with bfloat16 parameters, or
-      where float32 matrices are multiplied in less, the Gram matrix has that accuracy only.
+    Numerics: with `"jacrev"` products are summed in float32 or better. With `"scan"` they are
+      formed by the directional derivative, in the arithmetic of `losses`: with bfloat16 parameters,
+      or where float32 matrices are multiplied in less, the Gram matrix has that accuracy only.
 
     Raises:
       ValueError: if the losses are not `[K]` real numbers, or the mode is unknown.

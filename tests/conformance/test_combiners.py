@@ -89,6 +89,7 @@ def sums(weights, gradients):
     return np.einsum("nk,nkd->nd", weights, gradients)
 
 
+@pytest.mark.slow  # as all that compiles for another number of tasks
 def test_one_task(case):
     """Its own gradient, times the factor that the case states."""
     weights = weigh(case, [[2.0, 0.0]], [3.0])
@@ -146,6 +147,7 @@ def test_stationary(case):
     assert np.linalg.norm(weights @ gradients.astype(np.float32)) < 1e-5
 
 
+@pytest.mark.slow
 def test_zero_task(case):
     """A task without a gradient changes nothing of the direction that is best for the others."""
     gradients = np.array([[1.0, 0.0], [-1.0, 2.0], [0.0, 0.0]])
@@ -208,6 +210,8 @@ def on_eight_devices():
     return gradients, losses, eight(gradients, losses), seen[0]
 
 
+# Slow to compile; tests/multitask does the same for two of them.
+@pytest.mark.slow
 def test_one_device_is_eight(case, on_eight_devices):
     """Gradients that differ over eight devices: the weights of their mean, on all of them."""
     gradients, losses, together, key_data = on_eight_devices
@@ -226,7 +230,7 @@ def test_vmap(case):
     np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("tasks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_descends(case, tasks):
     """No task's loss rises to first order, whatever the gradients."""
     gradients = triples()[:, :tasks]
