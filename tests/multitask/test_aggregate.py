@@ -81,14 +81,34 @@ def test_every_step_draws_anew():
         aggregate(pcgrad_weights).update(gradients, aggregate(pcgrad_weights).init(None))
 
 
+def test_no_key_is_used_twice():
+    """With jax's check of that, which the tests run under."""
+
+    def random(matrix, *, key=None, losses=None):
+        assert key is not None
+        return jax.random.normal(key, (len(matrix),))
+
+    tx = aggregate(random, seed=0)
+    state, found = tx.init(None), []
+    for _ in range(3):
+        updates, state = tx.update(jnp.ones((1, 1)), state)
+        found.append(updates.item())
+    assert len(set(found)) == 3
+
+
 def test_averaged_over_the_axis_before_anything_is_multiplied():
-    """Devices whose gradients cancel in part; the weights are those of the mean."""
+    """Gradients that cancel in part, and losses: a combiner sees the means of both."""
     here = jnp.array([[[3.0, 4.0], [0.0, 2.0]], [[3.0, -4.0], [0.0, 0.0]]])
-    tx = aggregate(gradient_normalized_weights, axis_name="x")
-    step = lambda g: tx.update(g, tx.init(None))[0]  # noqa: E731
-    found = jax.vmap(step, axis_name="x")(here)
-    # The mean is (3, 0) and (0, 1).
-    np.testing.assert_allclose(found, [[1, 1], [1, 1]], rtol=1e-6)
+    losses = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+
+    def by_products(matrix, *, key=None, losses=None):
+        return jnp.diagonal(matrix) + check_losses(losses, matrix, "by_products")
+
+    tx = aggregate(by_products, axis_name="x")
+    step = lambda g, v: tx.update(g, tx.init(None), losses=v)[0]  # noqa: E731
+    found = jax.vmap(step, axis_name="x")(here, losses)
+    # The means are (3, 0), (0, 1) and 2, 20, so the weights 9 + 2 and 1 + 20.
+    np.testing.assert_allclose(found, [[33, 21], [33, 21]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_one_coefficient_has_its_closed_form():
     matrix[:, 2, 2] = [4.0, 4.0, 1e-30, 1e30]
     linear[:, 2] = [-2.0, 2.0, -1e-20, -1e20]
     found = SOLVE(matrix, linear)
-    np.testing.assert_allclose(found.x[:, 2], [0.5, 0.0, 1e10, 1e-10], rtol=1e-6)
+    np.testing.assert_allclose(found.x[:, 2], [0.5, 0.0, 1e10, 1e-10], rtol=2e-7)
     assert (found.x[1] == 0).all()
 
 
@@ -133,8 +133,7 @@ def test_infinity_and_nan_end():
 
 
 def test_the_limit_is_told():
-    g = family("scales", 6, np.random.default_rng(7))
-    g[0] = 3 * g[1] + g[2]
+    g = np.random.default_rng(8).normal(size=(6, 6))
     matrix = np.stack([gram64(g)] * 4).astype(np.float32)
     linear = np.stack([-np.ones(6, np.float32)] * 4)
     found = LIMITED(matrix, linear, np.array([0, 1, 70, 700], np.int32))

@@ -29,7 +29,8 @@ def drawn(gradients, seeds):
 
 def test_every_result_is_one_of_the_loops_and_all_are_equally_likely():
     """Three tasks have two orders of the others each: eight results, whatever the key."""
-    gradients = np.array([[1, 0.2, 0], [-0.9, 0.5, 0.3], [-0.3, -1, 0.4]], np.float32)
+    # Here a projected gradient may even oppose the one that it was.
+    gradients = np.array([[0.7, -1.0], [-1.6, -2.9], [-0.4, 1.2]], np.float32)
     others = [[j for j in range(3) if j != i] for i in range(3)]
     choices = [list(itertools.permutations(rest)) for rest in others]
     expected = np.stack([loop(gradients, orders) for orders in itertools.product(*choices)])
