@@ -184,6 +184,83 @@ POSTS = (
         ),
     ),
     Post(
+        slug="S04",
+        title="multi-task learning 1: in the name of the loss",
+        method="initial, prior, inverse, generalised-mean and learnt weights; normalised gradients",
+        urls=("https://kexue.fm/archives/8870",),
+        papers=("chen2018gradnorm", "kendall2018multi", "liu2019end"),
+        modules=(
+            "blogjax/multitask/loss_weighting.py",
+            "blogjax/multitask/gradient_normalized.py",
+            "blogjax/tasks/multitask.py",
+        ),
+        experiments=(),
+        configs=(),
+        tests=(
+            "tests/multitask/test_loss_weighting.py",
+            "tests/multitask/test_gradient_normalized.py",
+            "tests/tasks/test_multitask_task.py",
+            "tests/tasks/test_multitask_arguments.py",
+        ),
+    ),
+    Post(
+        slug="S05",
+        title="multi-task learning 2: acting on gradients",
+        method="exact MGDA from the Gram matrix; PCGrad, CAGrad, UPGrad; task gradients one by one",
+        urls=("https://kexue.fm/archives/8896",),
+        papers=(
+            "desideri2012multiple",
+            "sener2018multi",
+            "yu2020gradient",
+            "liu2021conflict",
+            "quinton2024jacobian",
+        ),
+        modules=(
+            "blogjax/multitask/min_norm.py",
+            "blogjax/multitask/gram.py",
+            "blogjax/multitask/task_gradients.py",
+            "blogjax/multitask/aggregate.py",
+            "blogjax/multitask/combiner.py",
+            "blogjax/multitask/pcgrad.py",
+            "blogjax/multitask/cagrad.py",
+            "blogjax/multitask/upgrad.py",
+        ),
+        experiments=(),
+        configs=(),
+        tests=(
+            "tests/conformance/test_combiners.py",
+            "tests/multitask/test_min_norm.py",
+            "tests/multitask/test_gram.py",
+            "tests/multitask/test_task_gradients.py",
+            "tests/multitask/test_aggregate.py",
+            "tests/multitask/test_pcgrad.py",
+            "tests/multitask/test_cagrad.py",
+            "tests/multitask/test_upgrad.py",
+            "tests/multitask/test_torchjd.py",
+        ),
+    ),
+    Post(
+        slug="S06",
+        title="multi-task learning 3: primary and auxiliary tasks",
+        method="projection to the dual cone, exact; mixed tasks; weight decay without coefficient",
+        urls=("https://kexue.fm/archives/8907",),
+        papers=("lopezpaz2017gradient", "wang2021gradient"),
+        modules=(
+            "blogjax/multitask/primary_auxiliary.py",
+            "blogjax/multitask/mixed.py",
+            "blogjax/multitask/nonnegative_least_squares.py",
+            "blogjax/multitask/coefficient_free_weight_decay.py",
+        ),
+        experiments=(),
+        configs=(),
+        tests=(
+            "tests/multitask/test_primary_auxiliary.py",
+            "tests/multitask/test_mixed.py",
+            "tests/multitask/test_nonnegative_least_squares.py",
+            "tests/multitask/test_coefficient_free_weight_decay.py",
+        ),
+    ),
+    Post(
         slug="S30",
         title="DDPM as an autoregressive VAE",
         method="DDPM: noise schedules, denoising loss, exact ELBO",
@@ -214,10 +291,7 @@ POSTS = (
     ),
 )
 
-NEXT = (
-    "experiments on gradients and GANs (S02, S03)",
-    "multi-task learning (S04 to S06)",
-)
+NEXT = ("experiments on multi-task learning (S04 to S06)",)
 
 
 def find(slug: str) -> Post:

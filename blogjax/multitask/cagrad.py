@@ -7,8 +7,9 @@ Equations: max_d min_i <g_i, d> subject to |d - g| <= c |g|, g the mean gradient
   nearest d with <g_i, d> >= m for all i is g + sum_i l_i g_i, l = argmin_{l >= 0}
   |g + sum_i l_i g_i|^2 / 2 - m sum_i l_i. Its distance from g grows with m, and the level where it
   is c |g| is found by bisection.
-Differences from the paper: it minimises the dual over the simplex with a general solver; this needs
-  none but `nonnegative_least_squares`.
+Differences from the post: it does not have this method. From the paper: it
+  minimises the dual over the simplex with a general solver; this needs none but
+  `nonnegative_least_squares`.
 """
 
 import jax

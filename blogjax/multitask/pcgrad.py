@@ -5,7 +5,8 @@ Post: https://kexue.fm/archives/8896 (for comparison; the post does not have it)
 Paper: Yu et al. 2020, arXiv:2001.06782.
 Equations: for each i, v <- g_i; for j != i in random order:
   v <- v - min(<v, g_j>, 0) g_j / |g_j|^2; u = sum_i v_i.
-Differences from the paper: all of it on the Gram matrix, nothing is done with gradients.
+Differences from the post: it does not have this method. From the paper:
+  all of it on the Gram matrix, nothing is done with gradients.
 """
 
 import jax

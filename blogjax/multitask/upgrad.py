@@ -5,7 +5,8 @@ Post: https://kexue.fm/archives/8896 (for comparison; the post does not have it)
 Paper: Quinton & Rey 2024, arXiv:2406.16232.
 Equations: u = (1 / K) sum_i p(g_i), p the projection to {u: <u, g_j> >= 0 for all j}; each is a
   quadratic program, p(g_i) = g_i + sum_j l_j g_j, l = argmin_{l >= 0} |g_i + sum_j l_j g_j|^2.
-Differences from the paper: no regularisation of the Gram matrix.
+Differences from the post: it does not have this method. From the paper: no
+  regularisation of the Gram matrix.
 """
 
 import jax

@@ -148,3 +148,21 @@ def test_losses_are_needed(normalize):
 def test_unknown_names_list_the_valid_ones():
     with pytest.raises(ValueError, match=r"'l1'.*none, l2, loss, loss\+"):
         min_norm_weights(jnp.eye(2), normalize="l1")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "gram",
+    [
+        [[4.296093, -1.5048021], [-1.5048021, 0.5270903]],
+        [[0.5440203, -1.5202456], [-1.5202456, 4.248272]],
+        [[5.9195375, -0.8898457], [-0.8898457, 0.13376471]],
+        [[1.1247892e-03, -9.2740744e-02], [-9.2740744e-02, 7.6466274e00]],
+    ],
+)
+def test_opposite_gradients_that_rounding_made_indefinite(gram):
+    """Met on a Pareto front: Cholesky's method fails with a ridge of 2 eps."""
+    gram = np.array(gram, np.float32)
+    lengths = np.sqrt(np.diagonal(gram).astype(np.float64))
+    np.testing.assert_allclose(
+        min_norm_weights(jnp.array(gram)), lengths[::-1] / lengths.sum(), rtol=1e-3
+    )
