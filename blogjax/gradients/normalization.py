@@ -56,7 +56,7 @@ def _gn(value: jax.Array, norm: jax.Array, eps: jax.Array) -> jax.Array:
 
 
 def _gran(value: jax.Array, norm: jax.Array, eps: jax.Array) -> jax.Array:
-    unit = power_of_two(jnp.maximum(norm, jnp.sqrt(jax.lax.stop_gradient(eps))))
+    unit = power_of_two(jnp.maximum(norm, jnp.sqrt(eps)))
     value, norm = value / unit, norm / unit
     return value * _quotient(norm, jnp.square(norm) + eps / unit / unit)
 
