@@ -210,6 +210,7 @@ def gradient_normalized(
     kind: Literal["gn", "gran"] = "gn",
     eps: float | None = None,
     lipschitz: float = 1.0,
+    piecewise_linear: bool = False,
 ) -> ConstrainedCritic:
     """The output divided by its own slope; see `gradients.normalization.gradient_normalize`.
 
@@ -220,6 +221,8 @@ def gradient_normalized(
       kind: `"gn"` or `"gran"`.
       eps: the default is that of the kind.
       lipschitz: factor on the output.
+      piecewise_linear: whether the critic is so in x, as with ReLU and leaky ReLU; the generator's
+        update then needs no second derivative.
 
     Raises:
       ValueError: as `gradient_normalize`.
@@ -229,7 +232,9 @@ def gradient_normalized(
     [0.5]
     """
     critic = unconstrained(critic)
-    score = gradient_normalize(critic.score, kind=kind, eps=eps, lipschitz=lipschitz)
+    score = gradient_normalize(
+        critic.score, kind=kind, eps=eps, lipschitz=lipschitz, piecewise_linear=piecewise_linear
+    )
     return dataclasses.replace(critic, score=score)
 
 
@@ -247,8 +252,8 @@ _OPTIONS = {
     "clip": ("bound",),
     "sn": ("iterations",),
     "gp": ("weight", "target", "one_sided"),
-    "gn": ("eps", "lipschitz"),
-    "gran": ("eps", "lipschitz"),
+    "gn": ("eps", "lipschitz", "piecewise_linear"),
+    "gran": ("eps", "lipschitz", "piecewise_linear"),
 }
 
 
@@ -264,7 +269,8 @@ def constrain(
     Args:
       critic: `critic(params, x, *args) -> [B]`, or one constrained already.
       kind: `"none"`; `"clip"` with the option `bound`; `"sn"` with `iterations`; `"gp"` with
-        `weight`, `target` and `one_sided`; `"gn"` and `"gran"` with `eps` and `lipschitz`.
+        `weight`, `target` and `one_sided`; `"gn"` and `"gran"` with `eps`, `lipschitz` and
+        `piecewise_linear`.
       **options: those of the kind; the functions of this module say what they mean.
 
     Returns:

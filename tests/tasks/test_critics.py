@@ -176,3 +176,14 @@ def test_every_constraint_by_its_name():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", ["gn", "gran"])
+def test_a_piecewise_linear_critic_may_be_said_to_be_one(kind):
+    """On D = |x|^2 / 2 saying so is wrong, and gives the slope of the tangent plane."""
+    critic = constrain(lambda p, x: jnp.sum(x * x, 1) / 2, kind, piecewise_linear=True)
+    x = np.array([3.0, 4.0])
+    d, n = 12.5, 5.0
+    slope = n / (n + d) ** 2 if kind == "gn" else n / (n * n + 0.1)
+    found = jax.grad(lambda x: critic(None, {}, x[None])[0])(jnp.array(x, jnp.float32))
+    np.testing.assert_allclose(found, slope * x, rtol=1e-5)
