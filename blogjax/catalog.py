@@ -124,7 +124,7 @@ POSTS = (
             "tests/models/test_gan.py",
             "tests/nn/test_spectral_norm.py",
             "tests/metrics/test_sliced_wasserstein.py",
-            "tests/integration/test_gan.py",
+            "tests/integration/test_gan_digits.py",
             "tests/integration/test_gan_slopes.py",
             "tests/integration/test_gan_cifar10.py",
             "tests/integration/test_gan_ring_2d.py",

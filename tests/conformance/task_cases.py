@@ -246,7 +246,7 @@ CASES = {
     "batch_norm_regression": Case(batch_norm_regression, _regression_data(), rows_interact=True),
     "adversarial": Case(adversarial, _regression_data(), hands=2, slow=True),
     "multitask": Case(
-        functools.partial(multitask, combiner="gradient_normalized"), _regression_data()
+        functools.partial(multitask, combiner="gradient_normalized"), _regression_data(), slow=True
     ),
     "multitask by scan": Case(
         functools.partial(multitask, combiner="min_norm", mode="scan"),

@@ -32,6 +32,7 @@ def smoke(tmp_path_factory):
     return folder, config, tracked, run(tracked, folder)
 
 
+@pytest.mark.slow  # the run of the fixture compiles many programs
 def test_every_field_of_the_config_is_read(smoke):
     _, config, tracked, _ = smoke
     assert set(flatten(config.to_dict())) == tracked.read
@@ -44,6 +45,7 @@ def test_variants_differ_in_values_only():
         get_config("huge")
 
 
+@pytest.mark.slow  # the run of the fixture compiles many programs
 def test_the_folder_holds_what_a_run_promises(smoke):
     folder, _, _, result = smoke
     assert result.pictures == ["regularisers.png"]
@@ -56,6 +58,7 @@ def test_the_folder_holds_what_a_run_promises(smoke):
     json.dumps(result.measured)
 
 
+@pytest.mark.slow  # the run of the fixture compiles many programs
 def test_fgm_and_the_penalty_part_with_the_square_of_epsilon(smoke):
     """Also for a few steps of a small network: 2, by the expansion, and 1 for what both do."""
     _, _, _, result = smoke
@@ -64,6 +67,7 @@ def test_fgm_and_the_penalty_part_with_the_square_of_epsilon(smoke):
     assert max(found["apart"]) < min(found["effect"])
 
 
+@pytest.mark.slow  # the run of the fixture compiles many programs
 def test_finished_arms_are_read_back_and_an_interrupted_one_goes_on(smoke, monkeypatch):
     folder, config, _, result = smoke
     stored = folder / "plain" / "measured.json"

@@ -34,6 +34,7 @@ def smoke(tmp_path_factory):
     return folder, config, tracked, run(tracked, folder)
 
 
+@pytest.mark.slow  # the run of the fixture compiles many programs
 def test_every_field_of_the_config_is_read(smoke):
     _, config, tracked, _ = smoke
     assert set(flatten(config.to_dict())) == tracked.read
@@ -45,6 +46,7 @@ def test_variants_differ_in_values_only():
         get_config("huge")
 
 
+@pytest.mark.slow  # the run of the fixture compiles many programs
 def test_the_folder_holds_what_a_run_promises(smoke):
     folder, _, _, result = smoke
     assert result.pictures == ["inequality.png"]
@@ -59,6 +61,7 @@ def test_the_folder_holds_what_a_run_promises(smoke):
     json.dumps(result.measured)
 
 
+@pytest.mark.slow  # the run of the fixture compiles many programs
 def test_what_must_hold_does(smoke):
     """Theorems: also for a few steps of small networks."""
     _, _, _, result = smoke
@@ -70,6 +73,7 @@ def test_what_must_hold_does(smoke):
                 assert at["ratio"]["off"] < 1e-9
 
 
+@pytest.mark.slow  # the run of the fixture compiles many programs
 def test_finished_parts_are_read_back_and_an_interrupted_one_goes_on(smoke, monkeypatch):
     folder, config, _, result = smoke
     stored = folder / "tanh" / "measured_3.json"

@@ -144,6 +144,12 @@ def test_every_method_module_is_in_the_catalogue():
                 assert name in listed, f"{name} is in no record of blogjax/catalog.py"
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by their names alone, and collects neither of two."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_method_file_opens_with_its_header():
     for post in catalog.POSTS:
         for module in post.modules:
