@@ -6,6 +6,7 @@ momentum, put it under a `PerDevice`: inside the mapped step its arrays are `[1,
 device's row; outside they are `[devices, ...]`, split over the devices like a batch.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,3 +92,23 @@ def spread(tree: Any, devices: int) -> Any:
         return jnp.broadcast_to(x, (devices, *x.shape[1:]))
 
     return map_kinds(repeat, lambda x: x, tree)
+
+
+def device_varying(tree: Any, axis_name: str | Sequence[str] | None) -> Any:
+    """The same values, but seen as this device's own.
+
+    Under `shard_map(check_vma=True)` jax sums gradients by replicated parameters by itself, and a
+    mean over them would be too large by the number of devices. By varying ones it does not.
+
+    Args:
+      tree: pytree of arrays.
+      axis_name: mapped axes; None returns the tree as it is.
+
+    >>> device_varying({"w": jnp.ones(2)}, None)["w"].tolist()
+    [1.0, 1.0]
+    """
+    if axis_name is None:
+        return tree
+    names = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+    here = jax.lax.axis_index(names) >= 0
+    return jax.tree.map(lambda x: jnp.where(here, x, x), tree)

@@ -25,21 +25,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from blogjax.core.norms import at_least_float32
+from blogjax.core.per_device import device_varying
 from blogjax.gradients.perturbation import arrays, check_size, steepest_ascent
 
 Axis = str | tuple[str, ...] | None
-
-
-def _own(tree: Any, axis_name: Axis) -> Any:
-    """The same values, but seen as this device's own.
-
-    Under `shard_map(check_vma=True)` jax sums gradients by replicated parameters by itself, and a
-    mean over them would be too large by the number of devices. By varying ones it does not.
-    """
-    if axis_name is None:
-        return tree
-    here = jax.lax.axis_index(axis_name) >= 0
-    return jax.tree.map(lambda x: jnp.where(here, x, x), tree)
 
 
 def _mean(tree: Any, axis_name: Axis) -> Any:
@@ -98,7 +87,7 @@ def _beside(
     check_size("rho", rho)
     params = arrays(params)
     gradient = jax.value_and_grad(function, has_aux=True)
-    (value, aux), first = gradient(_own(params, axis_name))
+    (value, aux), first = gradient(device_varying(params, axis_name))
     value, aux, mean = _mean((value, aux, first), axis_name)
     leaves, structure = jax.tree.flatten(params)
     chosen = jax.tree.leaves(_selected(mask, params))
@@ -113,7 +102,7 @@ def _beside(
         return (p.astype(step.dtype) + jnp.asarray(rho, step.dtype) * step).astype(p.dtype)
 
     there = [moved(p) if m else p for p, m in zip(leaves, chosen, strict=True)]
-    _, second = gradient(_own(jax.tree.unflatten(structure, there), axis_name))
+    _, second = gradient(device_varying(jax.tree.unflatten(structure, there), axis_name))
     return value, aux, mean, _mean(second, axis_name)
 
 
@@ -258,7 +247,7 @@ def implicit_gradient_regularization(
     check_size("learning_rate", learning_rate)
     function = _bound(loss, batch, has_aux)
     gradient = jax.value_and_grad(function, has_aux=True)
-    params = _own(params, axis_name)
+    params = device_varying(params, axis_name)
 
     def slope(params: Any) -> tuple[Any, Any]:
         out, grads = gradient(params)
@@ -266,7 +255,7 @@ def implicit_gradient_regularization(
 
     own, along, (value, aux) = jax.linearize(slope, params, has_aux=True)
     value, aux, mean = _mean((value, aux, own), axis_name)
-    curved = _mean(along(_own(mean, axis_name)), axis_name)
+    curved = _mean(along(device_varying(mean, axis_name)), axis_name)
     wide, curved = at_least_float32((mean, curved))
     square = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(wide))
     rate = jnp.asarray(learning_rate, jnp.result_type(square, jnp.float32))

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blogjax.core.per_device import device_varying
 from blogjax.core.random import Key
 from blogjax.multitask.combiner import Combiner
 from blogjax.multitask.gram import combine, gram
@@ -62,24 +63,12 @@ def _check_losses(losses: Any) -> None:
         raise ValueError(f"losses must be real numbers, got {losses.dtype}")
 
 
-def _own(tree: Any, axis_name: AxisName) -> Any:
-    """The same values, but seen as this device's own.
-
-    Under `shard_map(check_vma=True)` jax sums gradients by replicated parameters by itself, and a
-    mean over them would be too large by the number of devices. By varying ones it does not.
-    """
-    if axis_name is None:
-        return tree
-    here = jax.lax.axis_index(axis_name) >= 0
-    return jax.tree.map(lambda x: jnp.where(here, x, x), tree)
-
-
 def _mean(x: Any, axis_name: AxisName) -> Any:
     return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
 
 def _one_hots(values: jax.Array, axis_name: AxisName) -> jax.Array:
-    return _own(jnp.eye(values.shape[0], dtype=values.dtype), axis_name)
+    return device_varying(jnp.eye(values.shape[0], dtype=values.dtype), axis_name)
 
 
 def task_gradients(
@@ -104,7 +93,7 @@ def task_gradients(
     >>> task_gradients(both, jnp.array([1.0, 2.0])).gradients.tolist()
     [[2.0, 4.0], [1.0, 1.0]]
     """
-    params = _own(params, axis_name)
+    params = device_varying(params, axis_name)
     if has_aux:
         values, pull, aux = jax.vjp(losses, params, has_aux=True)
     else:
@@ -181,7 +170,7 @@ def _scanned(
     key: Key | None,
     has_aux: bool,
 ) -> CombinedGradient:
-    params = _own(params, axis_name)
+    params = device_varying(params, axis_name)
     if has_aux:
         values, push, aux = jax.linearize(losses, params, has_aux=True)
     else:
@@ -191,14 +180,14 @@ def _scanned(
     counted = jax.tree.broadcast(shared, params)
 
     def pull(cotangent: jax.Array) -> Any:
-        cotangent = _own(cotangent.astype(values.dtype), axis_name)
+        cotangent = device_varying(cotangent.astype(values.dtype), axis_name)
         return _mean(transposed(cotangent)[0], axis_name)
 
     def column(_: None, one_hot: jax.Array) -> tuple[None, jax.Array]:
         gradient = jax.tree.map(
             lambda g, counts: g if counts else jnp.zeros_like(g), pull(one_hot), counted
         )
-        products = push(_own(gradient, axis_name))
+        products = push(device_varying(gradient, axis_name))
         return None, products.astype(jnp.promote_types(values.dtype, jnp.float32))
 
     tasks = values.shape[0]
@@ -257,8 +246,8 @@ def shared_feature_gradient(
     >>> [round(float(g), 3) for g in out.gradient[0]]
     [3.2, 1.6]
     """
-    features, back = jax.vjp(encode, _own(trunk, axis_name))
-    values, pull = jax.vjp(losses, features, _own(heads, axis_name))
+    features, back = jax.vjp(encode, device_varying(trunk, axis_name))
+    values, pull = jax.vjp(losses, features, device_varying(heads, axis_name))
     _check_losses(values)
     by_features, by_heads = jax.vmap(pull)(_one_hots(values, axis_name))
     matrix = gram(by_features)
