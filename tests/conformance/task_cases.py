@@ -256,6 +256,6 @@ CASES = {
     "multitask by losses": Case(
         functools.partial(multitask, weighting=inverse_loss), _regression_data(), slow=True
     ),
-    "denoising": Case(denoising, _image_data(), poison="image"),
+    "denoising": Case(denoising, _image_data(), poison="image", slow=True),
     "denoising by a U-Net": Case(denoising_by_unet, _image_data(), poison="image", slow=True),
 }

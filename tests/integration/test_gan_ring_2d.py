@@ -251,6 +251,7 @@ def trained(tmp_path_factory):
     return config, folder, made, arms["gn"], figures
 
 
+@pytest.mark.slow  # a run of its fixture
 def test_an_arm_is_trained_measured_and_read_back(trained, monkeypatch):
     config, folder, made, arm, figures = trained
     shown = np.load(folder / "shown.npz")
