@@ -47,7 +47,6 @@ def smoke(tmp_path_factory):
     return once
 
 
-@pytest.mark.slow  # whole runs, if small
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_field_of_the_config_is_read(smoke, name):
     _, config, tracked, _ = smoke(name)
