@@ -121,64 +121,53 @@ def watched(
     return Task(init=init, step=step)
 
 
-def rises(
-    means: Means, params: Any, batches: Any, sizes: Sequence[float]
-) -> dict[str, list[list[float]]]:
+def rises(means: Means, params: Any, batches: Any, sizes: Sequence[float]) -> dict[str, np.ndarray]:
     """How the auxiliary loss changes with the size of a step, where the two tasks disagree.
 
     Args:
       means: as in `watched`.
-      params: of one network.
-      batches: leaves `[n, ...]`, one batch after another.
+      params: of N networks, leaves `[N, ...]`.
+      batches: leaves `[N, n, ...]`, n batches for each of them.
       sizes: step sizes eta, `[m]`.
 
     Returns:
-      `primary` and `projected`, `[at most n][m]`: changes of the auxiliary loss after a step of eta
-      against the primary gradient, and against its projection, on those batches where the primary
-      gradient has a negative product with the auxiliary one. In float64.
+      `primary` and `projected`, float64 `[k, m]`: changes of the auxiliary loss after a step of eta
+      against the primary gradient, and against its projection, on those k of the `N n` batches
+      where the primary gradient has a negative product with the auxiliary one.
     """
     with jax.enable_x64(True):
-
-        def wide(tree: Any) -> Any:
-            return jax.tree.map(
-                lambda x: jnp.asarray(x, jnp.float64 if x.dtype.kind == "f" else None), tree
+        start, seen = (
+            jax.tree.map(
+                lambda x: jnp.asarray(x, jnp.float64 if x.dtype.kind == "f" else x.dtype), tree
             )
-
-        start, etas = wide(params), jnp.asarray(np.array(sizes, np.float64))
-
-        @jax.jit
-        def of(batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-            def change(direction: Any, eta: jax.Array) -> jax.Array:
-                moved = jax.tree.map(lambda p, d: p - eta * d, start, direction)
-                return (means(moved, batch) - means(start, batch))[AUXILIARY]
-
-            found = combined_gradient(lambda p: means(p, batch), start, primary_auxiliary_weights)
-            primary = jax.grad(lambda p: means(p, batch)[PRIMARY])(start)
-            both = [
-                jax.vmap(lambda eta, d=d: change(d, eta))(etas) for d in (primary, found.gradient)
-            ]
-            return found.gram[PRIMARY, AUXILIARY], both[0], both[1]
-
-        count = len(jax.tree.leaves(batches)[0])
-        products, primary, projected = (
-            np.stack([np.asarray(x) for x in column])
-            for column in zip(
-                *(of(wide(jax.tree.map(lambda x, i=i: x[i], batches))) for i in range(count)),
-                strict=True,
-            )
+            for tree in (params, batches)
         )
-    disagree = products < 0
-    return {
-        "primary": primary[disagree].tolist(),
-        "projected": projected[disagree].tolist(),
-    }
+        etas = jnp.asarray(np.array(sizes, np.float64))
+
+        def of(params: Any, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+            def changes(direction: Any) -> jax.Array:
+                def at(eta: jax.Array) -> jax.Array:
+                    moved = jax.tree.map(lambda p, d: p - eta * d, params, direction)
+                    return (means(moved, batch) - means(params, batch))[AUXILIARY]
+
+                return jax.vmap(at)(etas)
+
+            found = combined_gradient(lambda p: means(p, batch), params, primary_auxiliary_weights)
+            primary = jax.grad(lambda p: means(p, batch)[PRIMARY])(params)
+            return found.gram[PRIMARY, AUXILIARY], changes(primary), changes(found.gradient)
+
+        # Batch after batch: all at once their activations would fill the cache many times over.
+        each = jax.jit(jax.vmap(lambda p, b: jax.lax.map(lambda one: of(p, one), b)))
+        product, primary, projected = jax.device_get(each(start, seen))
+    disagree = product < 0
+    return {"primary": primary[disagree], "projected": projected[disagree]}
 
 
 def slope(sizes: Sequence[float], changes: Any) -> float:
-    """Of the logarithm of the mean absolute change over that of the step size, by least squares.
+    """Of the logarithm of changes `[m]` over that of step sizes `[m]`, by least squares.
 
-    >>> round(slope([1.0, 0.5, 0.25], [[3.0, 1.5, 0.75], [-1.0, -0.5, -0.25]]), 6)
+    >>> round(slope([1.0, 0.5, 0.25], [3.0, 1.5, 0.75]), 6)
     1.0
     """
-    mean = np.abs(np.array(changes, np.float64)).mean(axis=0)
-    return float(np.polyfit(np.log(np.array(sizes, np.float64)), np.log(mean), 1)[0])
+    x, y = (np.log(np.array(values, np.float64)) for values in (sizes, changes))
+    return float(np.polyfit(x, y, 1)[0])
