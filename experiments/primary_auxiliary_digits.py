@@ -40,7 +40,8 @@ from experiments.regularisers.replicas import check_labelled, logits, points
 
 POST = "https://kexue.fm/archives/8907"
 PICTURE = "guarantee.png"
-BINS = np.linspace(-1, 1, 41)
+# The one in the middle has 0, and what float32 leaves of it, well inside.
+BINS = np.linspace(-1.025, 1.025, 42)
 
 
 def check(config: Any, label: np.ndarray) -> None:
@@ -93,8 +94,7 @@ def measure(config: Any, state: Any, splits: dict[str, dict[str, np.ndarray]]) -
 
     of_steps = trace.astype(np.float64).reshape(-1, *shape(config), 4)
     three, steps = of_steps[..., :3], of_steps.shape[0] * config.train.replicas
-    # In the last place a cosine of 1 may be more.
-    binned = np.digitize(np.clip(of_steps[..., first_order.AUXILIARY], -1, 1), BINS[1:-1])
+    binned = np.digitize(of_steps[..., first_order.AUXILIARY], BINS[1:-1])
     counts = np.stack([(binned == i).sum(axis=(0, 3)) for i in range(len(BINS) - 1)], axis=-1)
     return {
         **{

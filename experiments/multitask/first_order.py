@@ -108,7 +108,7 @@ def watched(
 
         new, metrics, rows = jax.vmap(one)(state.networks, numbers)
         bad: NonfiniteLeaves = metrics.pop("nonfinite")
-        over = {
+        over: Metrics = {
             name: jnp.mean(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.sum(x)
             for name, x in metrics.items()
         }

@@ -9,7 +9,7 @@ import numpy as np
 def histogram(
     axis: Any, edges: np.ndarray, shares: Mapping[str, np.ndarray], title: str, xlabel: str
 ) -> None:
-    """Outlines of histograms over one another, and a line at 0.
+    """Outlines of histograms over one another, and a line at 0; what is below it lies in the grey.
 
     Args:
       axis: of matplotlib.
@@ -17,7 +17,7 @@ def histogram(
       shares: `{name: [n]}`, of the whole.
       title, xlabel: texts.
     """
-    axis.axvspan(edges[0], 0, color="k", alpha=0.06, lw=0)
+    axis.axvspan(edges[0] - 1, 0, color="k", alpha=0.06, lw=0)
     for i, (name, share) in enumerate(shares.items()):
         axis.stairs(100 * share, edges, label=name, color=f"C{i}", fill=i == 0, alpha=0.45)
         axis.stairs(100 * share, edges, color=f"C{i}", lw=1.6)
@@ -25,7 +25,7 @@ def histogram(
     filled = edges[:-1][np.sum(list(shares.values()), axis=0) > 0]
     axis.set_xlim(filled.min() - 0.05, filled.max() + 0.1)
     axis.set(title=title, xlabel=xlabel, ylabel="% of the steps")
-    axis.legend(fontsize=8, framealpha=0.9, edgecolor="none")
+    axis.legend(fontsize=8, framealpha=0.9, edgecolor="none", loc="upper left")
 
 
 def accuracies(
@@ -51,5 +51,7 @@ def accuracies(
                 label=groups[i] if row == 0 else None,
             )  # fmt: skip
     axis.set_yticks(range(rows), list(values)[::-1])
-    axis.set(title=title, xlabel=xlabel, ylim=(-0.6, rows - 0.4))
-    axis.legend(fontsize=8, framealpha=0.9, edgecolor="none", loc="lower left")
+    axis.set(title=title, xlabel=xlabel, ylim=(-1.2, rows - 0.4))  # room for the legend below
+    axis.legend(
+        fontsize=8, framealpha=0.9, edgecolor="none", loc="lower center", ncols=len(groups)
+    )  # fmt: skip
