@@ -19,12 +19,13 @@ def histogram(
     """
     axis.axvspan(edges[0] - 1, 0, color="k", alpha=0.06, lw=0)
     for i, (name, share) in enumerate(shares.items()):
-        axis.stairs(100 * share, edges, label=name, color=f"C{i}", fill=i == 0, alpha=0.45)
-        axis.stairs(100 * share, edges, color=f"C{i}", lw=1.6)
+        axis.stairs(100 * share, edges, color=f"C{i}", fill=i == 0, alpha=0.3)
+        axis.stairs(100 * share, edges, label=name, color=f"C{i}", lw=1.6)
     axis.axvline(0, color="k", lw=0.8)
     filled = edges[:-1][np.sum(list(shares.values()), axis=0) > 0]
     axis.set_xlim(filled.min() - 0.05, filled.max() + 0.1)
-    axis.set(title=title, xlabel=xlabel, ylabel="% of the steps")
+    top = 125 * max(float(share.max()) for share in shares.values())  # room for the legend above
+    axis.set(title=title, xlabel=xlabel, ylabel="% of the steps", ylim=(0, top))
     axis.legend(fontsize=8, framealpha=0.9, edgecolor="none", loc="upper left")
 
 
