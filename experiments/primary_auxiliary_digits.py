@@ -236,7 +236,7 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
 
 def draw(path: pathlib.Path, config: Any, measured: list[dict[str, Any]]) -> None:
     """Cosines of all steps, changes by the size of the step, and the accuracy of every network."""
-    from experiments.multitask.pictures import accuracies, histogram
+    from experiments.multitask.noisy_label_pictures import accuracies, histogram
     from experiments.regularisers.pictures import figure, powers
 
     shown = {"noisy": "noisy only", "primary_auxiliary": "noisy first, clean auxiliary"}

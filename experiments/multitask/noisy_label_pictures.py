@@ -1,4 +1,4 @@
-"""Panels of the experiments on multi-task learning."""
+"""Panels of the experiment on noisy labels: shares of steps, accuracies of networks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
