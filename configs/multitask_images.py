@@ -12,7 +12,7 @@ Data:      `celeb_a` of TFDS, whose files lie on a host that often refuses downl
            `:smoke` takes seconds, on any dataset of that name, cut down for instance.
 Expected:  not measured: no such run has been made yet. Sener and Koltun 2018 (arXiv:1810.04650)
            publish these mean test errors, with a ResNet-18 at 64 x 64: single tasks 8.77%, uniform
-           scaling 9.62%, min-norm by parameters 8.33%, by shared features 8.25%. Networks, optimiser
+           scaling 9.62%, min-norm by parameters 8.33%, by shared features 8.25%. Network, optimiser
            and crop differ here. `--config.multitask.method=mean` is uniform scaling.
 """
 

@@ -1,4 +1,4 @@
-"""S06: weights of losses, when one of three is rescaled by 1000.
+"""S04: weights of losses, when one of three is rescaled by 1000.
 
 Post: https://kexue.fm/archives/8870, https://kexue.fm/archives/8896
 Claims: losses of different units cannot be added as they are. Divided by what each is for a guess

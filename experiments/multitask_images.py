@@ -1,12 +1,12 @@
-"""S07: forty attributes of a face from one network, by the gradient of least norm.
+"""S05: forty attributes of a face from one network, by the gradient of least norm.
 
 Post: https://kexue.fm/archives/8896
 Claims: none of the post's own, which has no experiment. Its paper (Sener and Koltun 2018,
   arXiv:1810.04650) has 40 attributes of CelebA as 40 tasks; see `configs/multitask_images.py`.
 How: a residual encoder shared by all tasks, one dense layer as a row of heads, a binary
-  cross-entropy for each attribute. The gradients of the encoder are combined by `min_norm`, exactly,
-  one task at a time (`mode="scan"`): forty of them are never held together. Any other combiner, or
-  the mean of the losses, is taken by its name.
+  cross-entropy for each attribute. The gradients of the encoder are combined by `min_norm`, one
+  task at a time (`mode="scan"`): forty of them are never held together. Any other combiner, or the
+  mean of the losses, is taken by its name.
 Measured: the error of every attribute on the test split, beside that of always giving the
   attribute's commoner value.
 Differences from the post: by parameters, not by shared features. From the paper: the encoder is the

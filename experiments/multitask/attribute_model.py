@@ -1,4 +1,4 @@
-"""A config made into a network that tells many attributes of an image: one trunk, a row of heads."""
+"""A config made into a network that tells many attributes of an image: a trunk and heads."""
 
 import dataclasses
 from typing import Any
@@ -159,7 +159,9 @@ def measure(plan: Plan, params: Any, data: Attributes, split: str, batch_size: i
     batches = data.evaluation(split, batch_size)
     put = meshes.BatchPutter(plan.mesh, batches.batch_size)
     parts = [jax.device_get(counted(params, put(batches(i)))) for i in range(len(batches))]
-    errors, there, images = (np.sum(np.float64(part), axis=0) for part in zip(*parts, strict=True))
+    errors, there, images = (
+        np.asarray(part, np.float64).sum(axis=0) for part in zip(*parts, strict=True)
+    )
     share = there / images
     return {
         "error": (errors / images).tolist(),
