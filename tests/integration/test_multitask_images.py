@@ -138,7 +138,7 @@ def test_published_figures_stand_beside_what_they_are_of():
     claims = multitask_images.claims(config, [figures])
     np.testing.assert_allclose([c.value for c in claims], [20, 0.5])
     assert claims[0].statement.endswith("(published for a ResNet-18: 8.33)")
-    for field, value in (("data.name", "faces"), ("multitask.method", "cagrad")):
+    for field, value in (("data.name", "faces"), ("data.size", 32), ("multitask.method", "cagrad")):
         config = get_config("celeb_a")
         config.update_from_flattened_dict({field: value})
         assert "published" not in multitask_images.claims(config, [figures])[0].statement
@@ -167,6 +167,25 @@ def test_errors_are_counted_over_all_rows_but_padding(monkeypatch):
     assert measured["images"] == 12
 
 
+def test_flips_reach_the_task(monkeypatch):
+    seen = []
+
+    def noted(keys, images):
+        seen.append((keys.shape, images.shape))
+        return images
+
+    monkeypatch.setattr(attribute_model, "random_horizontal_flip", noted)
+    for flip in (True, False):
+        config = small("", **{"data.flip": flip, "multitask.method": "mean"})
+        plan = attribute_model.build(config, synthetic(config))
+        state = jax.eval_shape(plan.task.init, jax.random.key(0))
+        jax.eval_shape(plan.task.step, state, rows(config, 3), jax.random.key(1))
+    assert set(seen) == {((8,), (8, 8, 8, 3))}
+    before = len(seen)
+    jax.eval_shape(plan.task.evaluate, state, rows(config, 3), jax.random.key(1))
+    assert len(seen) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["min_norm", "mean"])
 def test_a_step_of_forty_tasks_in_small(method):
@@ -187,6 +206,18 @@ def test_a_step_of_forty_tasks_in_small(method):
         wrong = ((logits > 0) != batch["attributes"])[:6].mean()
         np.testing.assert_allclose(metrics["error"], wrong, rtol=1e-5)
         found[mode] = metrics
+    if method == "min_norm":  # the tasks share the encoder, not the head
+
+        def losses(encoder):
+            params = {**state.params, "encoder": encoder}
+            z = attribute_model.logits(plan.encoder, plan.head, params, image)
+            return jax.nn.softplus(-sign * z)[:6].mean(axis=0)
+
+        slopes = jax.tree.leaves(jax.jit(jax.jacrev(losses))(state.params["encoder"]))
+        norms = np.sqrt(sum(np.square(np.float64(g)).reshape(3, -1).sum(axis=1) for g in slopes))
+        np.testing.assert_allclose(
+            [found["scan"][f"grad_norm/{n}"] for n in "abc"], norms, rtol=1e-4
+        )
     weights = np.array([[m[f"weight/{n}"] for n in "abc"] for m in found.values()])
     np.testing.assert_allclose(*weights, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
