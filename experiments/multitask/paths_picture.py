@@ -33,11 +33,12 @@ def draw_paths(path: pathlib.Path, paths: Mapping[str, np.ndarray], steps: int) 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
+    from matplotlib.colors import PowerNorm
     from PIL import Image
 
     across = np.linspace(-11, 11, 221)
     values, pareto = mean_loss(across), front(101)
-    figure, axes = plt.subplots(2, 4, figsize=(13, 7.4), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(13, 6.7), layout="constrained")
     shade = None
     for axis, (name, rows) in zip(axes.flat, paths.items(), strict=True):
         axis.contour(
@@ -47,8 +48,9 @@ def draw_paths(path: pathlib.Path, paths: Mapping[str, np.ndarray], steps: int) 
         axis.plot(*pareto.T, color="0.35", lw=9, alpha=0.45, solid_capstyle="butt", zorder=1)
         for row in rows:
             shade = LineCollection(
-                np.stack([row[:-1], row[1:]], axis=1), cmap="plasma", lw=2.6, zorder=2,
+                list(np.stack([row[:-1], row[1:]], axis=1)), cmap="plasma", lw=2.6, zorder=2,
                 array=np.linspace(0, steps, len(row) - 1), capstyle="round",
+                norm=PowerNorm(0.5, 0, steps),  # most arrive in the first third
             )  # fmt: skip
             axis.add_collection(shade)
         axis.plot(*rows[:, 0].T, "o", ms=8, color="k", zorder=3)
@@ -57,9 +59,10 @@ def draw_paths(path: pathlib.Path, paths: Mapping[str, np.ndarray], steps: int) 
         axis.set(xlim=(-11, 11), ylim=(-11, 11), xticks=[], yticks=[])
         axis.set_aspect("equal")
     assert shade is not None
-    bar = figure.colorbar(shade, ax=axes, shrink=0.6, pad=0.01, aspect=30)
+    bar = figure.colorbar(shade, ax=axes, shrink=0.7, pad=0.01, aspect=30)
+    ticks = [0, steps // 10, steps // 2, steps]
+    bar.set_ticks(ticks, labels=[f"{tick:,}".replace(",", " ") for tick in ticks], fontsize=13)
     bar.set_label("step", fontsize=15)
-    bar.set_ticks([0, steps], labels=["0", f"{steps:,}".replace(",", " ")], fontsize=13)
     figure.suptitle(
         "from five starts (dots) to the ends (crosses), over the mean loss; grey band: Pareto "
         "front", fontsize=16,
