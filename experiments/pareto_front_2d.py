@@ -205,7 +205,8 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
     from_front = "distance to the front after the last step, largest over all starts"
     return [
         judge(
-            "the mean does not reach the front from the starts in the upper half: smallest distance",
+            "the mean does not reach the front from the starts in the upper half: smallest "
+            "distance",
             PAPER, "distance to the front after the last step, smallest over starts near "
             "(-8.5, 7.5) and (9, 9)",
             far, low=1.0, near=0.5, judged=judged,
