@@ -108,6 +108,7 @@ def _measured(**changed):
     arms = {name: _arm() for name in ARMS} | {
         "mean": _arm(distance=[9, 0, 8, 0, 0, 9.5, 0, 7, 0, 0]),
         "min_norm": _arm(place=[-5, 0, 5, -6, 6, -9, 0, 0, 0, 9]),
+        "pcgrad": _arm(place=[-2.0, 0.0, 2.0, -1.0, 3.0, -9, 0, 0, 0, 9]),
         "primary_auxiliary": _arm(place=[6.0] * 10),
         "mixed": _arm(place=[-6.0] * 9 + [4.0]),
     }
