@@ -1,6 +1,6 @@
 """The two-objective toy of the literature on multi-task learning, and its Pareto front.
 
-Liu et al. 2021, arXiv:2110.14048 (CAGrad), appendix; the formula was checked against the authors'
+Liu et al. 2021, arXiv:2110.14048 (CAGrad); the formula was checked against the authors'
 code, github.com/Cranial-XIX/CAGrad, toy.py. Over x = (a, b), with s = +1 for L1 and -1 for L2:
 
   above:  log max(|u_s|, 5e-6) + 6, u_1 = (-a - 7) / 2 + tanh b, u_2 = (-a + 7) / 2 - tanh b
