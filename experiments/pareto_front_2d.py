@@ -17,8 +17,9 @@ Seen in trials with other seeds (100, 101, 102), before the judged runs:
     times the rate, it arrived from all five starts, at the least mean like CAGrad.
   - On the front, in float32, min-norm drifts along it as far as to its ends. The vector is zero
     there but for rounding, along the front some 4e-8, which Adam makes full size, as it is above
-    its `eps` of 1e-8. In float64 rounding is below 1e-15, and nothing moves; that is why min-norm runs in both. The others
-    but the mean and CAGrad drift too, mostly less; so places are told at arrival, not at the end.
+    its `eps` of 1e-8. In float64 that is below 1e-15, and nothing moves; so min-norm runs in both.
+    The others but the mean and CAGrad drift too, mostly less; so places are told at arrival, not
+    at the end.
   - After Adam the auxiliary loss rises tens of times as much as by plain steps.
 Differences from the posts: they have no experiments.
 """
