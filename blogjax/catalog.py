@@ -194,13 +194,14 @@ POSTS = (
             "blogjax/multitask/gradient_normalized.py",
             "blogjax/tasks/multitask.py",
         ),
-        experiments=(),
-        configs=(),
+        experiments=("experiments/multitask_digits.py",),
+        configs=("configs/multitask_digits.py",),
         tests=(
             "tests/multitask/test_loss_weighting.py",
             "tests/multitask/test_gradient_normalized.py",
             "tests/tasks/test_multitask_task.py",
             "tests/tasks/test_multitask_arguments.py",
+            "tests/integration/test_multitask_digits.py",
         ),
     ),
     Post(
@@ -225,8 +226,16 @@ POSTS = (
             "blogjax/multitask/cagrad.py",
             "blogjax/multitask/upgrad.py",
         ),
-        experiments=(),
-        configs=(),
+        experiments=(
+            "experiments/multitask_digits.py",
+            "experiments/pareto_front_2d.py",
+            "experiments/multitask_images.py",
+        ),
+        configs=(
+            "configs/multitask_digits.py",
+            "configs/pareto_front_2d.py",
+            "configs/multitask_images.py",
+        ),
         tests=(
             "tests/conformance/test_combiners.py",
             "tests/multitask/test_min_norm.py",
@@ -237,6 +246,9 @@ POSTS = (
             "tests/multitask/test_cagrad.py",
             "tests/multitask/test_upgrad.py",
             "tests/multitask/test_torchjd.py",
+            "tests/integration/test_pareto_front_2d.py",
+            "tests/integration/test_two_losses.py",
+            "tests/integration/test_multitask_images.py",
         ),
     ),
     Post(
@@ -251,13 +263,20 @@ POSTS = (
             "blogjax/multitask/nonnegative_least_squares.py",
             "blogjax/multitask/coefficient_free_weight_decay.py",
         ),
-        experiments=(),
-        configs=(),
+        experiments=(
+            "experiments/primary_auxiliary_digits.py",
+            "experiments/pareto_front_2d.py",
+        ),
+        configs=(
+            "configs/primary_auxiliary_digits.py",
+            "configs/pareto_front_2d.py",
+        ),
         tests=(
             "tests/multitask/test_primary_auxiliary.py",
             "tests/multitask/test_mixed.py",
             "tests/multitask/test_nonnegative_least_squares.py",
             "tests/multitask/test_coefficient_free_weight_decay.py",
+            "tests/integration/test_primary_auxiliary_digits.py",
         ),
     ),
     Post(
@@ -291,7 +310,7 @@ POSTS = (
     ),
 )
 
-NEXT = ("experiments on multi-task learning (S04 to S06)",)
+NEXT = ("runs over several processes and machines, and what they survive",)
 
 
 def find(slug: str) -> Post:
