@@ -123,6 +123,9 @@ def test_the_commands_of_the_readme(tmp_path):
         "adversarial_digits",
         "vat_digits",
         "gan",
+        "pareto_front_2d",
+        "multitask_digits",
+        "primary_auxiliary_digits",
     ],
 )
 def test_a_default_run_does_not_contradict_the_published_one(tmp_path, environment, name):
