@@ -20,6 +20,7 @@ from scipy.optimize import lsq_linear
 
 from benchmarks.lion_update import spread
 from benchmarks.peers import min_norm_solvers as peers
+from benchmarks.peers.multitask_torch import Peers
 from blogjax.multitask.gram import gram
 from blogjax.multitask.min_norm import min_norm_weights
 
@@ -34,6 +35,7 @@ FRANK_WOLFE, JITTED = "Frank-Wolfe, numpy", "Frank-Wolfe, jitted"
 LIBMTL = "LibMTL's iteration, numpy"
 PROGRAM, REGULARISED = "quadprog", "quadprog, TorchJD's ridge"
 SLSQP = "scipy SLSQP"
+TORCHJD = "TorchJD's MGDA, PyTorch"
 
 Solver = Callable[[Any], Any]
 
@@ -139,10 +141,8 @@ def solvers() -> dict[str, Solver]:
     return found
 
 
-def judge(solve: Solver, matrices: Sequence[Any], gradients: np.ndarray) -> dict[str, Any]:
-    """Its accuracy: the greatest and the middle excess, and how often it gave nothing."""
-    found = [np.asarray(solve(m)) for m in matrices]
-    least = [optimum(g) for g in gradients]
+def score(found: Sequence[Any], gradients: np.ndarray, least: Sequence[float]) -> dict[str, Any]:
+    """Accuracy of weights: the greatest and the middle excess, and how often there are none."""
     over = [excess(w, g, o) for w, g, o in zip(found, gradients, least, strict=True)]
     usable = [e for e in over if np.isfinite(e)]
     return {
@@ -182,23 +182,36 @@ def rows(
     }
 
 
-def run(tasks: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """Judges and measures everybody, one after the other, in turning order."""
+def run(tasks: int, repeats: int, others: Peers | None = None) -> dict[str, dict[str, Any]]:
+    """Judges and measures everybody, one after the other, in turning order.
+
+    Args:
+      tasks: their number.
+      repeats: of the measurements.
+      others: PyTorch's process, if there is one.
+    """
     gradients = families(tasks, JUDGED, seed=tasks)
     products = jax.jit(gram)
     matrices = [np.asarray(products(g)) for g in gradients]
     contenders = solvers()
+    least = [optimum(g) for g in gradients]
     accuracy = {
-        name: judge(solve, matrices, gradients)
+        name: score([np.asarray(solve(m)) for m in matrices], gradients, least)
         for name, solve in contenders.items()
         if name != NO_OP
     }
     timed = [m for i, m in enumerate(matrices) if i % JUDGED < TIMED]
     on_device = [jax.device_put(m) for m in timed]
     names = list(contenders)
+    if others is not None:
+        names.append(TORCHJD)
+        accuracy[TORCHJD] = score(others.solves(matrices, 0)[0], gradients, least)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if name == TORCHJD and others is not None:
+                seconds[name].append(others.solves(timed, 1)[1])
+                continue
             given = on_device if name in (OURS, NO_OP, JITTED) else timed
             seconds[name].append(seconds_per_solve(contenders[name], given))
     return rows(seconds, accuracy)
