@@ -42,6 +42,7 @@ bench: $(TEST) .venv-bench/.installed
 	$(PYTHON) -m benchmarks.majority_vote
 	.venv-bench/bin/python -m benchmarks.lion_update
 	.venv-bench/bin/python -m benchmarks.gradient_ops
+	.venv-bench/bin/python -m benchmarks.multitask
 	.venv-bench/bin/python -m benchmarks.ddpm_step
 
 # PyTorch and the peers, several GB, apart from what the tests use.

@@ -84,7 +84,7 @@ def targets(
             put(f"{here} TorchJD MGDA, at least", FASTER, table[MGDA]["times ours"][0], False)
             best = min(table[name]["times ours"][0] for name in (UPGRAD, UPGRAD_ONE))
             put(f"{here} TorchJD UPGrad, the better of two, at least", FASTER, best, False)
-    for model in {model for model, _ in stepped}:
+    for model in dict.fromkeys(model for model, _ in stepped):
         peaks = [t[steps.SCAN]["peak_bytes"] for (m, _), t in stepped.items() if m == model]
         growth = round(max(peaks) / min(peaks), 3)
         put(f"{model}: scan's peak by tasks, greatest over least, at most", GROWTH, growth, True)

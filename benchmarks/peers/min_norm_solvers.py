@@ -12,6 +12,7 @@ Written from their descriptions, in numpy, whose small operations take less time
   slsqp               scipy's sequential quadratic programming in float64
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ from scipy.optimize import minimize
 
 ITERATIONS, STOP = 250, 1e-5  # LibMTL's
 PROGRAM_PACKAGES = ("qpsolvers", "quadprog")
-RIDGE = 1e-12  # the least that lets quadprog factor a singular matrix
+RIDGE = 1e-7  # about the least that lets quadprog factor singular matrices in float32
 TORCHJD_RIDGE = 1e-4  # its default
 
 
-def share(square: float, product: float, other: float, clip: float = 0.0) -> float:
+def share(square: Any, product: Any, other: Any, clip: float = 0.0) -> Any:
     """The first one's share in the shortest point between two, of which the products are given."""
     if product >= square:
         return 1 - clip
@@ -100,15 +101,17 @@ def projected_gradient(
 
 def quadratic_program(gram: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
     """Weights `[K]`, float64; NaN where the solver gives up."""
-    from qpsolvers import solve_qp  # pyright: ignore[reportMissingImports]
+    from qpsolvers import ProblemError, solve_qp  # pyright: ignore[reportMissingImports]
 
     tasks = len(gram)
     matrix = gram.astype(np.float64)
     matrix = matrix / np.trace(matrix) + ridge * np.eye(tasks)
-    found: Any = solve_qp(
-        matrix, np.zeros(tasks), A=np.ones((1, tasks)), b=np.ones(1), lb=np.zeros(tasks),
-        solver="quadprog",
-    )  # fmt: skip
+    found: Any = None
+    with contextlib.suppress(ProblemError):
+        found = solve_qp(
+            matrix, np.zeros(tasks), A=np.ones((1, tasks)), b=np.ones(1), lb=np.zeros(tasks),
+            solver="quadprog",
+        )  # fmt: skip
     return np.full(tasks, np.nan) if found is None else found
 
 

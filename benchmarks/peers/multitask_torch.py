@@ -133,7 +133,7 @@ class Steps:
         losses, features = self._losses()
         self.autojac.mtl_backward(losses, features)
         flat = [p.jac.flatten(1) for p in self.trunk.parameters()]
-        matrix = sum(j @ j.T for j in flat).numpy()
+        matrix = self.torch.stack([j @ j.T for j in flat]).sum(0).numpy()
         for p in self.trunk.parameters():
             del p.jac
         losses, weights = self.step(name)
