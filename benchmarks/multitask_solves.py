@@ -31,6 +31,9 @@ ENUMERATED = 8  # tasks up to which all sets are tried
 ENOUGH = 0.01  # seconds of one measurement, at least
 
 OURS, NO_OP = "blogjax.min_norm_weights", "jitted no-op"
+INSIDE = "blogjax, inside a program"  # many in a row in one program: what a step pays
+HANDED = "no-op on another thread"  # XLA hands over what it counts at 1000 operations or more
+INSIDE_TURNS = 10
 FRANK_WOLFE, JITTED = "Frank-Wolfe, numpy", "Frank-Wolfe, jitted"
 LIBMTL = "LibMTL's iteration, numpy"
 PROGRAM, REGULARISED = "quadprog", "quadprog, TorchJD's ridge"
@@ -130,6 +133,7 @@ def solvers() -> dict[str, Solver]:
     found: dict[str, Solver] = {
         OURS: compiled(min_norm_weights),
         NO_OP: compiled(lambda matrix: matrix[0]),
+        HANDED: compiled(lambda matrix: matrix[0] + jnp.sum(matrix[0, 0] * jnp.arange(2048.0))),
         JITTED: compiled(frank_wolfe),
         FRANK_WOLFE: peers.frank_wolfe,
         LIBMTL: peers.projected_gradient,
@@ -198,10 +202,13 @@ def run(tasks: int, repeats: int, others: Peers | None = None) -> dict[str, dict
     accuracy = {
         name: score([np.asarray(solve(m)) for m in matrices], gradients, least)
         for name, solve in contenders.items()
-        if name != NO_OP
+        if name not in (NO_OP, HANDED)
     }
     timed = [m for i, m in enumerate(matrices) if i % JUDGED < TIMED]
     on_device = [jax.device_put(m) for m in timed]
+    many = jax.device_put(np.stack(timed * INSIDE_TURNS))
+    mapped = jax.jit(lambda matrices: jax.lax.map(min_norm_weights, matrices))
+    contenders[INSIDE] = lambda matrices: mapped(matrices).block_until_ready()
     names = list(contenders)
     if others is not None:
         names.append(TORCHJD)
@@ -212,7 +219,11 @@ def run(tasks: int, repeats: int, others: Peers | None = None) -> dict[str, dict
             if name == TORCHJD and others is not None:
                 seconds[name].append(others.solves(timed, 1)[1])
                 continue
-            given = on_device if name in (OURS, NO_OP, JITTED) else timed
+            if name == INSIDE:
+                whole = seconds_per_solve(contenders[name], [many])
+                seconds[name].append(whole / len(many))
+                continue
+            given = on_device if name in (OURS, NO_OP, HANDED, JITTED) else timed
             seconds[name].append(seconds_per_solve(contenders[name], given))
     return rows(seconds, accuracy)
 
