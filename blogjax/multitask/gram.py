@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from blogjax.core.labels import leaf_name
 
+_PIECE = 2**14  # entries; 32 tasks of them fill a core's cache
+
 
 def check_tasks(gradients: Any) -> int:
     """Returns the number of tasks, the length of the leading axis that all leaves share.
@@ -76,20 +78,37 @@ def gram(
     for leaf, counts in zip(jax.tree.leaves(gradients), jax.tree.leaves(counted), strict=True):
         if not counts:
             continue
-        # dot_general over the axes as they are: a reshape would gather what is cut up.
-        axes = tuple(range(1, leaf.ndim))
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        total = total + jax.lax.dot_general(
-            leaf,
-            leaf,
-            ((axes, axes), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=wide,
-        )
+        total = total + jax.lax.platform_dependent(leaf, cpu=_on_cpu, default=_products)
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
     # Exactly symmetric, whatever order the products were summed in.
     return (total + total.T) / 2
+
+
+def _products(leaf: jax.Array) -> jax.Array:
+    """Over the axes as they are: a reshape would gather what is cut up over devices."""
+    axes = tuple(range(1, leaf.ndim))
+    return jax.lax.dot_general(
+        leaf,
+        leaf,
+        ((axes, axes), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(leaf.dtype, jnp.float32),
+    )
+
+
+def _on_cpu(leaf: jax.Array) -> jax.Array:
+    """Of flat rows, a piece at a time: XLA's CPU would transpose the whole leaf into a copy."""
+    rows = leaf.reshape(leaf.shape[0], -1)
+    pieces, rest = divmod(rows.shape[1], _PIECE)
+    total = _products(rows[:, pieces * _PIECE :])
+    if pieces == 0:
+        return total
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total + _products(jax.lax.dynamic_slice_in_dim(rows, i * _PIECE, _PIECE, axis=1))
+
+    return jax.lax.fori_loop(0, pieces, add, total)
 
 
 def combine(gradients: Any, weights: jax.Array, *, shared: Any = True) -> Any:

@@ -29,6 +29,15 @@ def test_all_inner_products():
     np.testing.assert_array_equal(found, found.T)
 
 
+@pytest.mark.parametrize("side", [128, 129, 300])  # one piece, one and a bit, five and a bit
+def test_large_leaves_in_pieces(side):
+    leaf = np.random.default_rng(side).normal(size=(3, side, side)).astype(np.float32)
+    g = leaf.reshape(3, -1).astype(float)
+    norms = np.linalg.norm(g, axis=1)
+    for found in (gram(leaf), jax.jit(jax.vmap(gram))(leaf[None])[0]):
+        np.testing.assert_allclose(found, g @ g.T, atol=1e-6 * np.outer(norms, norms).max())
+
+
 def test_only_shared_leaves_count():
     """A prefix of the tree is enough; the others are summed with weight 1."""
     shared = {"trunk": True, "head": False, "scale": False}
