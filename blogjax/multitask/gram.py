@@ -100,7 +100,7 @@ def _products(leaf: jax.Array) -> jax.Array:
 def _on_cpu(leaf: jax.Array) -> jax.Array:
     """Of flat rows, a piece at a time: XLA's CPU would transpose the whole leaf into a copy."""
     rows = leaf.reshape(leaf.shape[0], -1)
-    pieces, rest = divmod(rows.shape[1], _PIECE)
+    pieces = rows.shape[1] // _PIECE
     total = _products(rows[:, pieces * _PIECE :])
     if pieces == 0:
         return total
