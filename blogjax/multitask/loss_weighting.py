@@ -184,7 +184,7 @@ def generalized_mean(losses: ArrayLike, gamma: float) -> WeightedLoss:
       The mean and its derivatives by the losses. Where losses that are not positive are met inside
       a compiled function, NaN.
 
-    Numerics: in log space; gamma from -1000 to 1000 neither overflows nor underflows.
+    Numerics: in log space; no gamma overflows. One that float32 lacks counts as infinite.
 
     Raises:
       ValueError: if gamma is NaN, or losses at hand are not positive and gamma is not 1.
@@ -200,20 +200,23 @@ def generalized_mean(losses: ArrayLike, gamma: float) -> WeightedLoss:
         return WeightedLoss(jnp.mean(losses), jnp.full_like(losses, 1 / tasks))
     _check_positive(losses, f"generalized_mean with gamma={gamma}")
     losses = jnp.where(losses > 0, losses, jnp.nan)
-    if math.isinf(gamma):
+    if abs(gamma) > float(jnp.finfo(losses.dtype).max):
         extreme = jnp.max(losses) if gamma > 0 else jnp.min(losses)
         reached = jax.lax.stop_gradient(losses == extreme)
         return WeightedLoss(extreme, reached / jnp.sum(reached))
     logs = jnp.log(losses)
     if abs(gamma) < _GEOMETRIC:
         mean = jnp.mean(logs)
+        weights = jnp.exp(mean - logs) / tasks
     else:
         # The largest power is 1, so nothing overflows; expm1 and log1p keep what is small. The
         # derivative by the reference is 0 in exact arithmetic.
         reference = jax.lax.stop_gradient(jnp.max(logs) if gamma > 0 else jnp.min(logs))
-        powers = jnp.expm1(gamma * (logs - reference))
-        mean = reference + jnp.log1p(jnp.mean(powers)) / gamma
-    weights = jnp.exp((gamma - 1) * (logs - mean)) / tasks
+        exponents = gamma * (logs - reference)
+        log_mean = jnp.log1p(jnp.mean(jnp.expm1(exponents)))
+        mean = reference + log_mean / gamma
+        # Not (gamma - 1) * (logs - mean): gamma would multiply the rounding of the difference.
+        weights = jnp.exp(exponents - log_mean + (mean - logs)) / tasks
     return WeightedLoss(jnp.exp(mean), weights)
 
 

@@ -68,8 +68,18 @@ def test_generalized_mean(gamma):
     found = generalized_mean(losses, gamma)
     np.testing.assert_allclose(found.loss, float(exact_mean(losses, gamma)), rtol=1e-6)
     np.testing.assert_allclose(
-        found.weights, exact_weights(list(losses), gamma), rtol=2e-5 + 1e-6 * abs(gamma), atol=1e-7
+        found.weights, exact_weights(list(losses), gamma), rtol=5e-6, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("gamma", [-1e300, -1e30, -1e6, 1e6, 1e30, 1e300])
+def test_a_gamma_far_out_is_nearly_infinite(gamma):
+    """All weight on the largest loss, or the least, as in the limit, to about 1 / gamma."""
+    losses = np.array([0.1, 1e-30, 7.0, 1e30], np.float32)
+    found = generalized_mean(losses, gamma)
+    extreme = np.argmax(losses) if gamma > 0 else np.argmin(losses)
+    np.testing.assert_allclose(found.weights, np.arange(4) == extreme, atol=2e-5)
+    np.testing.assert_allclose(found.loss, losses[extreme], rtol=2e-5)
 
 
 def test_the_numbers_at_the_ends():
