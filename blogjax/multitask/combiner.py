@@ -1,7 +1,7 @@
 """What a combiner of task gradients is: a function from their Gram matrix to weights.
 
-What: `Combiner`, the signature that all of them share; `check_gram`, `check_losses`; `shares`;
-  `finite_or_uniform`, which says what they do with NaN.
+What: `Combiner`, the signature that all of them share; `check_gram`, `check_losses`; `shares`,
+  `unit_of`; `finite_or_uniform`, which says what they do with NaN.
 Post: https://kexue.fm/archives/8896
 Paper: Sener & Koltun 2018, arXiv:1810.04650.
 Equations: u = sum_i w_i g_i, w = combiner(G G').
@@ -72,6 +72,25 @@ def shares(x: jax.Array, among: jax.Array | None = None) -> jax.Array:
     quotient = x / jnp.where(total > 0, total, 1)
     # XLA multiplies by the inverse of a number that divides a vector: a / a is not always 1 then.
     return jnp.where((x == total) & (total > 0), 1, quotient)
+
+
+def unit_of(squares: jax.Array) -> jax.Array:
+    """Returns a power of two, not above the least positive one of the squares and above its half.
+
+    As the linear term of `min_{x >= 0} x' K x / 2 - unit sum_i x_i` it scales the solution only,
+    without rounding, and keeps it near 1 or below: with 1 for it, x is `1 / |g|^2`, and the sum of
+    such numbers need not be one of float32.
+
+    Args:
+      squares: `[n]`, of norms of gradients. Without a positive one the unit is 1.
+
+    >>> unit_of(jnp.array([0.0, 7.0, 9.0])).item()
+    4.0
+    """
+    least = jnp.min(jnp.where(squares > 0, squares, jnp.inf))
+    least = jnp.where(jnp.isfinite(least), least, 1)
+    _, exponent = jnp.frexp(least)
+    return jnp.ldexp(jnp.ones_like(least), exponent - 1)
 
 
 def finite_or_uniform(

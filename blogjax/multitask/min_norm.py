@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from blogjax.core.random import Key
-from blogjax.multitask.combiner import check_gram, check_losses, finite_or_uniform, shares
+from blogjax.multitask.combiner import (
+    check_gram,
+    check_losses,
+    finite_or_uniform,
+    shares,
+    unit_of,
+)
 from blogjax.multitask.nonnegative_least_squares import nonnegative_least_squares
 
 Normalize = Literal["none", "l2", "loss", "loss+"]
@@ -79,7 +85,8 @@ def min_norm_weights(
     def weigh(gram: jax.Array) -> jax.Array:
         zero = jnp.diagonal(gram) <= 0
         scaled = gram / size[:, None] / size[None, :]
-        x = nonnegative_least_squares(scaled, -jnp.ones_like(size)).x
+        unit = unit_of(jnp.diagonal(scaled))
+        x = nonnegative_least_squares(scaled, jnp.full_like(size, -unit)).x
         if not drop_zero:
             x = jnp.where(jnp.any(zero), zero.astype(x.dtype), x)
         return shares(x) / size

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blogjax.core.random import Key
-from blogjax.multitask.combiner import check_gram, finite_or_uniform, shares
+from blogjax.multitask.combiner import check_gram, finite_or_uniform, shares, unit_of
 from blogjax.multitask.nonnegative_least_squares import nonnegative_least_squares
 
 
@@ -60,7 +60,8 @@ def mixed_weights(
     def weigh(gram: jax.Array) -> jax.Array:
         chosen = jnp.array(primary)
         zero = chosen & (jnp.diagonal(gram) <= 0)
-        x = nonnegative_least_squares(gram, -chosen.astype(gram.dtype)).x
+        unit = unit_of(jnp.where(chosen, jnp.diagonal(gram), 0))
+        x = nonnegative_least_squares(gram, jnp.where(chosen, -unit, 0)).x
         if not drop_zero:
             x = jnp.where(jnp.any(zero), zero.astype(x.dtype), x)
         return shares(x, chosen)

@@ -166,3 +166,12 @@ def test_opposite_gradients_that_rounding_made_indefinite(gram):
     np.testing.assert_allclose(
         min_norm_weights(jnp.array(gram)), lengths[::-1] / lengths.sum(), rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("size", [1e-19, 1e-16, 1e18])
+def test_gradients_of_any_size_that_has_a_square(size):
+    """Vectors that sum to zero, and orthogonal ones, which fill no float32 on the way."""
+    matrix = np.array([[4.0, -4.0], [-4.0, 4.0]]) * size * size
+    assert min_norm_weights(jnp.array(matrix, jnp.float32)).tolist() == [0.5, 0.5]
+    eye = jnp.eye(32) * np.float32(4 * size * size)
+    np.testing.assert_allclose(min_norm_weights(eye), 1 / 32, rtol=1e-6)

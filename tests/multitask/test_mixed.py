@@ -87,3 +87,12 @@ def test_zero_gradients():
 def test_bad_input(primary):
     with pytest.raises(ValueError, match="a bool for each of 3 tasks, one of them True"):
         mixed_weights(jnp.eye(3), primary)
+
+
+def test_gradients_of_any_size_that_has_a_square():
+    """Two opposite primary gradients, and an auxiliary one of another size that they spare."""
+    for own, other in ((1e-16, 1e-19), (1e-19, 1e15), (1e18, 1e-18)):
+        matrix = np.diag([own * own, own * own, other * other])
+        matrix[0, 1] = matrix[1, 0] = -own * own
+        found = mixed_weights(jnp.array(matrix, jnp.float32), [True, True, False])
+        np.testing.assert_allclose(found, [0.5, 0.5, 0], rtol=1e-6)
