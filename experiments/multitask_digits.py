@@ -19,12 +19,14 @@ Chosen on the validation split of seeds 100 and 101, by the accuracy of the clas
 Differences from the post: it has no experiment. The inverse has a floor, 1e-8 of the prior's loss.
 """
 
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from blogjax.data.batches import Batches
@@ -114,6 +116,21 @@ def make_task(config: Any, method: str, scale: float, reference: list[float]) ->
     )
 
 
+def on_test(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures on the test split: `{method: {scale: {task: figure}}}` for each seed.
+
+    NaN where JSON has null.
+    """
+
+    def figures(found: dict[str, Any]) -> dict[str, float]:
+        return {t: math.nan if v is None else v for t, v in found["test"].items()}
+
+    return [
+        {m: {s: figures(found) for s, found in by_scale.items()} for m, by_scale in seed.items()}
+        for seed in measured
+    ]
+
+
 def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
     """What the posts say.
 
@@ -126,7 +143,7 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
 
     Args:
       config: the experiment's.
-      measured: for each seed `{method: {scale: {task: figure on the test split}}}`.
+      measured: see `on_test`.
     """
     near, judged = 0.01, config.judge
     one, many = scales(config)
@@ -136,16 +153,21 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
     def of(method: str, scale: str, task: str = "class") -> list[float]:
         return [seed[method][scale][task] for seed in measured]
 
-    def worst(of_all: Callable[..., float], methods: tuple[str, ...], task: str) -> list[float]:
-        return [of_all(seed[m][s][task] for m in methods for s in (one, many)) for seed in measured]
+    # numpy's extremes: Python's pass over a NaN.
+    def worst(of_all: Callable[..., Any], methods: tuple[str, ...], task: str) -> list[float]:
+        return [
+            float(of_all([seed[m][s][task] for m in methods for s in (one, many)]))
+            for seed in measured
+        ]
 
     def difference(method: str) -> list[float]:
         pairs = zip(of(method, many), of(method, one), strict=True)
         return [scaled - plain for scaled, plain in pairs]
 
+    others = ["sum", *(m for m in WEIGHTED if m != "gradient_normalized")]
     ahead = [
         seed["gradient_normalized"][one]["class"]
-        - max(seed[m][one]["class"] for m in ("sum", *WEIGHTED) if m != "gradient_normalized")
+        - float(np.max([seed[m][one]["class"] for m in others]))
         for seed in measured
     ]
     return [
@@ -169,14 +191,14 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
         judge(
             "every weighted method learns the parity, at both scales", POST,
             "share of test images whose parity is right, the least",
-            worst(min, WEIGHTED, "parity"), low=0.9, near=near, judged=judged,
+            worst(np.min, WEIGHTED, "parity"), low=0.9, near=near, judged=judged,
         ),
         *(
             judge(
                 f"{METHODS[method]}: the ink is learnt at both scales",
                 GRADIENTS if method == "min_norm" else POST,
                 "squared error as a share of the ink's variance, test split, the larger of the two",
-                worst(max, (method,), "ink"), high=0.5, near=0.1, judged=judged,
+                worst(np.max, (method,), "ink"), high=0.5, near=0.1, judged=judged,
             )
             for method in WEIGHTED
         ),
@@ -213,10 +235,7 @@ def run(config: Any, workdir: pathlib.Path) -> Result:
                 for method in METHODS
             }
         )  # fmt: skip
-    tested = [
-        {m: {s: found["test"] for s, found in by_scale.items()} for m, by_scale in seed.items()}
-        for seed in measured
-    ]
+    tested = on_test(measured)
     from experiments.multitask.dots import draw
 
     draw(workdir / PICTURE, METHODS, tested)

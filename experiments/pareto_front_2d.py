@@ -40,6 +40,7 @@ from experiments.launch.configs import check_ranges, config_errors
 from experiments.launch.result import Claim, Result, judge, write_json
 from experiments.multitask.two_losses import STARTS, distance_to_front, front, losses
 from experiments.multitask.walks import combiners, first_only, walk
+from experiments.optimisers.arms import ratio
 
 POST, POST_2 = "https://kexue.fm/archives/8896", "https://kexue.fm/archives/8907"
 PAPER = "https://arxiv.org/abs/2110.14048"
@@ -183,26 +184,28 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
     judged, usual = config.judge, len(STARTS)
     arms, rises = [m["arms"] for m in measured], [m["rise"] for m in measured]
 
+    # numpy's extremes throughout: Python's pass over a NaN, and a path that is lost is to fail.
     def largest(figure: str, *names: str) -> list[float]:
         """NaN, which fails, where a path did not arrive."""
         values = [[v for name in names for v in arm[name][figure]] for arm in arms]
-        return [math.nan if None in row else max(row) for row in values]
+        return [math.nan if None in row else float(np.max(row)) for row in values]
 
     def spread(arm: dict[str, Any], name: str) -> float:
         places = arm[name]["place"][:usual]
-        return math.nan if None in places else max(places) - min(places)
+        return math.nan if None in places else float(np.ptp(places))
 
     def excess(arm: dict[str, Any]) -> float:
-        return max(float(np.mean(pair)) for pair in arm["cagrad"]["losses"]) - least_mean()
+        return float(np.max(np.mean(arm["cagrad"]["losses"], axis=1))) - least_mean()
 
     def gap(arm: dict[str, Any]) -> float:
         places = arm["primary_auxiliary"]["place"], arm["mixed"]["place"]
         if None in places[0] + places[1]:
             return math.nan
-        return min(one - two for one, two in zip(*places, strict=True))
+        return float(np.min(np.subtract(*places)))
 
-    far = [min(d for i, d in enumerate(arm["mean"]["distance"]) if i % usual in UPPER)
-           for arm in arms]  # fmt: skip
+    def far(arm: dict[str, Any]) -> float:
+        return float(np.min(np.reshape(arm["mean"]["distance"], (-1, usual))[:, UPPER]))
+
     from_front = "distance to the front after the last step, largest over all starts"
     return [
         judge(
@@ -210,7 +213,7 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
             "distance",
             PAPER, "distance to the front after the last step, smallest over starts near "
             "(-8.5, 7.5) and (9, 9)",
-            far, low=1.0, near=0.5, judged=judged,
+            [far(arm) for arm in arms], low=1.0, near=0.5, judged=judged,
         ),
         judge(
             "min-norm reaches it from every start: largest distance",
@@ -237,7 +240,7 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
             "where min-norm and PCGrad arrive depends on the start: range along the front",
             PAPER, "range of the first coordinate at arrival over the five usual starts, smaller "
             "of both",
-            [min(spread(arm, "min_norm"), spread(arm, "pcgrad")) for arm in arms],
+            [float(np.min([spread(arm, n) for n in ("min_norm", "pcgrad")])) for arm in arms],
             low=3.5, near=1.0, judged=judged,
         ),
         judge(
@@ -259,14 +262,14 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
         judge(
             "the auxiliary loss hardly rises by plain steps: rise over that by steps on L1 alone",
             POST_2, "ratio of all that L2 rises along the paths",
-            [rise["primary_auxiliary"] / rise["alone"] if rise["alone"] else math.nan
-             for rise in rises], high=0.05, near=0.01, judged=judged,
+            [ratio(rise["primary_auxiliary"], rise["alone"]) for rise in rises],
+            high=0.05, near=0.01, judged=judged,
         ),
         judge(
             "and to second order only: rise by half the rate over that by the whole",
             POST_2, "ratio of all that L2 rises in the same time",
-            [rise["half"] / rise["primary_auxiliary"] if rise["primary_auxiliary"] else math.nan
-             for rise in rises], low=0.4, high=0.6, near=0.03, judged=judged,
+            [ratio(rise["half"], rise["primary_auxiliary"]) for rise in rises],
+            low=0.4, high=0.6, near=0.03, judged=judged,
         ),
     ]  # fmt: skip
 

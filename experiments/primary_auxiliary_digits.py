@@ -83,9 +83,9 @@ def measure(config: Any, state: Any, splits: dict[str, dict[str, np.ndarray]]) -
     Returns:
       `validation` and `test`, `[clean][rates][replicas]`; for each clean number and rate, over all
       steps and replicas: `negative`, numbers of steps whose cosines to the primary gradient, the
-      auxiliary one and the parameters are below the tolerance, `[clean][rates][3]`; `lowest`, the
-      least of them; `rose`, the share of steps after which the auxiliary loss of the batch was
-      higher; `cosines`, shares of steps by the auxiliary one in the bins.
+      auxiliary one and the parameters are below the tolerance or NaN, `[clean][rates][3]`;
+      `lowest`, the least of them; `rose`, the share of steps after which the clean loss was
+      higher or NaN, on the batch; `cosines`, shares of steps by the auxiliary one in the bins.
     """
     params, trace = jax.device_get((state.networks.params, state.trace))
 
@@ -96,7 +96,8 @@ def measure(config: Any, state: Any, splits: dict[str, dict[str, np.ndarray]]) -
 
     of_steps = trace.astype(np.float64).reshape(-1, *shape(config), 4)
     three, steps = of_steps[..., :3], of_steps.shape[0] * config.train.replicas
-    binned = np.digitize(of_steps[..., first_order.AUXILIARY], BINS[1:-1])
+    auxiliary = of_steps[..., first_order.AUXILIARY]
+    binned = np.where(np.isnan(auxiliary), -1, np.digitize(auxiliary, BINS[1:-1]))
     counts = np.stack([(binned == i).sum(axis=(0, 3)) for i in range(len(BINS) - 1)], axis=-1)
     return {
         **{
@@ -104,9 +105,9 @@ def measure(config: Any, state: Any, splits: dict[str, dict[str, np.ndarray]]) -
             .round(6).reshape(shape(config)).tolist()
             for name, data in splits.items()
         },
-        "negative": (three < -first_order.TOLERANCE).sum(axis=(0, 3)).tolist(),
+        "negative": (~(three >= -first_order.TOLERANCE)).sum(axis=(0, 3)).tolist(),
         "lowest": three.min(axis=(0, 3)).tolist(),
-        "rose": (of_steps[..., first_order.CHANGE] > 0).mean(axis=(0, 3)).tolist(),
+        "rose": (~(of_steps[..., first_order.CHANGE] <= 0)).mean(axis=(0, 3)).tolist(),
         "cosines": (counts / steps).tolist(),
     }  # fmt: skip
 

@@ -55,7 +55,8 @@ def cosine(a: Any, b: Any) -> jax.Array:
     0.6000000238418579
     """
     lengths = optax.tree.norm(a) * optax.tree.norm(b)
-    return jnp.where(lengths > 0, optax.tree.vdot(a, b) / jnp.where(lengths > 0, lengths, 1), 0)
+    zero = lengths == 0  # NaN must pass
+    return jnp.where(zero, 0, optax.tree.vdot(a, b) / jnp.where(zero, 1, lengths))
 
 
 def watched(

@@ -1,4 +1,5 @@
 import json
+import math
 
 import jax
 import numpy as np
@@ -234,3 +235,22 @@ def test_the_claims_by_hand():
     ]  # fmt: skip
     config.judge = False
     assert {c.verdict for c in multitask_digits.claims(config, [figures])} == {"not judged"}
+
+
+def test_a_figure_that_is_no_number_fails():
+    """At the second scale, where Python's max and min would pass over it."""
+    good = {"class": 0.9, "parity": 0.9, "ink": 0.1}
+    figures = {m: {"1x": good, "1000x": good} for m in multitask_digits.METHODS}
+    for method in ("inverse", "min_norm"):
+        figures[method] = {"1x": good, "1000x": dict.fromkeys(good, math.nan)}
+    stored = {  # as it is read back: JSON has no NaN
+        m: {
+            s: {"test": {t: None if math.isnan(v) else v for t, v in f.items()}}
+            for s, f in by.items()
+        }
+        for m, by in figures.items()
+    }
+    claims = multitask_digits.claims(get_config(), multitask_digits.on_test([stored]))
+    lost = [i for i, c in enumerate(claims) if math.isnan(c.value)]
+    assert lost == [2, 4, 6, 8, 10]
+    assert {claims[i].verdict for i in lost} == {"fails"}

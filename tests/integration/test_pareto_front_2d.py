@@ -158,6 +158,27 @@ def test_the_claims_by_hand():
     assert {c.verdict for c in pareto.claims(config, [other] * 2)} == {"not judged"}
 
 
+def test_a_path_that_is_lost_fails_whatever_the_others_do():
+    """NaN is neither the least nor the largest to Python, unless it comes first."""
+    last = [0.01] * 9 + [math.nan]
+    lost = _measured(
+        arms={
+            "mean": {"distance": [9, 0, 8, 0, 0, 9.5, 0, math.nan, 0, 0]},
+            "min_norm": {"distance": last},
+            "gradient_normalized": {"distance": last},
+            "upgrad": {"distance": last, "stationary": last},
+            "pcgrad": {"place": [1.0] * 4 + [None] * 6},
+            "cagrad": {"losses": [[-15.0, -15.2]] * 9 + [[math.nan, 0]]},
+            "min_norm_float64": {"way": last},
+            "mixed": {"place": [*[-6.0] * 9, math.nan]},
+        },
+        primary_auxiliary=None,  # read back from JSON, which has no NaN
+    )  # fmt: skip
+    claims = pareto.claims(get_config(), [lost])
+    assert np.isnan([c.value for c in claims]).all()
+    assert {c.verdict for c in claims} == {"fails"}
+
+
 @pytest.mark.slow  # fourteen programs to compile
 def test_the_smoke_variant(tmp_path, monkeypatch):
     config = get_config("smoke").lock()

@@ -300,9 +300,20 @@ def test_figures_lie_by_number_of_clean_labels_and_rate():
     np.testing.assert_allclose(found["rose"], [[1, 1], [1, 0]])
     cosines = np.array(found["cosines"])
     np.testing.assert_allclose(cosines.sum(-1), 1.0)
+    trace[0, 0, :] = np.nan  # no proof that the step was right
+    lost = digits.measure(config, state, splits)
+    assert lost["negative"][0][0] == [1, 1, 1] and np.isnan(lost["lowest"][0][0]).all()
+    assert lost["rose"][0][0] == 1
+    np.testing.assert_allclose(np.sum(lost["cosines"], axis=-1), [[5 / 6, 1], [1, 1]])
     middle, half = np.searchsorted(digits.BINS, [0.0, -0.5]) - 1
     assert (cosines[1, 0, middle], cosines[1, 0, half]) == (1 / 6, 1 / 6)
     assert digits.BINS[middle] == pytest.approx(-digits.BINS[middle + 1])
+
+
+def test_a_cosine_with_a_vector_that_is_no_number_is_none():
+    one, zero = jnp.array([3.0, 4.0]), jnp.zeros(2)
+    assert first_order.cosine(one, zero) == 0
+    assert np.isnan(first_order.cosine(one, jnp.array([jnp.nan, 1.0])))
 
 
 def _figures(test, validation, negative):
