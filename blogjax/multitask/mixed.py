@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blogjax.core.random import Key
 from blogjax.multitask.combiner import check_gram, finite_or_uniform, shares, unit_of
@@ -42,7 +43,7 @@ def mixed_weights(
 
     Raises:
       ValueError: if `gram` is not a square matrix of real numbers, or `is_primary` of another
-        length or without a True.
+        length, without a True or not of bools.
 
     >>> gram = jnp.array([[1.0, -2.0], [-2.0, 8.0]])
     >>> mixed_weights(gram, [True, False]).round(6).tolist()
@@ -50,8 +51,9 @@ def mixed_weights(
     """
     del key, losses
     gram = check_gram(gram)
-    primary = [bool(p) for p in is_primary]
-    if len(primary) != gram.shape[0] or not any(primary):
+    primary = list(is_primary)
+    bools = all(isinstance(p, bool | np.bool_) for p in primary)
+    if not bools or len(primary) != gram.shape[0] or not any(primary):
         raise ValueError(
             f"is_primary needs a bool for each of {gram.shape[0]} tasks, one of them True, got "
             f"{primary}"

@@ -83,7 +83,8 @@ def test_zero_gradients():
     assert found["dropped"][2].tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("primary", [[True], [True] * 4, [False] * 3])
+# Numbers of tasks, such as [0, 1, 2], would be taken for False, True, True.
+@pytest.mark.parametrize("primary", [[True], [True] * 4, [False] * 3, [0, 1, 2], "abc"])
 def test_bad_input(primary):
     with pytest.raises(ValueError, match="a bool for each of 3 tasks, one of them True"):
         mixed_weights(jnp.eye(3), primary)
