@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from blogjax.core.labels import leaf_name
 from blogjax.core.random import Key, split_keys
 from blogjax.multitask.combiner import Combiner
 from blogjax.multitask.gram import combine, gram
@@ -89,7 +90,7 @@ def _check_shapes(updates: Any, params: Any) -> None:
     def one(path: Any, update: jax.Array, param: jax.Array) -> None:
         if jnp.shape(update)[1:] != jnp.shape(param):
             raise ValueError(
-                f"{jax.tree_util.keystr(path)} has updates of shape {jnp.shape(update)} for a "
+                f"{leaf_name(path)} has updates of shape {jnp.shape(update)} for a "
                 f"parameter of shape {jnp.shape(param)}; a leading axis of tasks is needed"
             )
 

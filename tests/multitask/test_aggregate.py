@@ -114,13 +114,15 @@ def test_averaged_over_the_axis_before_anything_is_multiplied():
 @pytest.mark.parametrize(
     ("gradients", "message"),
     [
-        (PARAMS, r"'a'.*\(2,\).*\(2,\).*leading axis of tasks"),
+        (PARAMS, r"a has .*\(2,\).*\(2,\).*leading axis of tasks"),
         ({"a": jnp.ones((2, 2)), "b": jnp.ones((3, 1, 2))}, "b has 3 tasks, but a has 2"),
-        ({"a": jnp.ones((2, 3)), "b": jnp.ones((2, 1, 2))}, r"'a'.*\(2, 3\).*\(2,\)"),
+        ({"a": jnp.ones((2, 3)), "b": jnp.ones((2, 1, 2))}, r"a has .*\(2, 3\).*\(2,\)"),
+        (jnp.ones(2), r"\(root\) has updates of shape \(2,\)"),
         ({"a": jnp.ones((0, 2)), "b": jnp.ones((0, 1, 2))}, "at least one task"),
     ],
 )
 def test_bad_gradients(gradients, message):
     tx = aggregate(gradient_normalized_weights)
+    params = PARAMS if isinstance(gradients, dict) else jnp.ones(2)
     with pytest.raises(ValueError, match=message):
-        tx.update(gradients, tx.init(PARAMS), PARAMS)
+        tx.update(gradients, tx.init(params), params)
