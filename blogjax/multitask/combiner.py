@@ -33,11 +33,12 @@ class Combiner(Protocol):
 
 
 def check_gram(gram: jax.Array) -> jax.Array:
-    """Returns the matrix in float32 or better.
+    """Returns the matrix as a JAX array in float32 or better.
 
     Raises:
       ValueError: if it is not `[K, K]` with K at least 1, or not of real numbers.
     """
+    gram = jnp.asarray(gram)  # numpy's float64 is more than JAX has by default
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] < 1:
         raise ValueError(f"a Gram matrix is [K, K] with K of at least 1, got {gram.shape}")
     if not jnp.issubdtype(gram.dtype, jnp.floating):

@@ -1,6 +1,7 @@
 """The Gram matrix of task gradients, and the gradient that given weights make of them.
 
-What: `gram`, all inner products of K gradients; `combine`, their weighted sum; `check_tasks`.
+What: `gram`, all inner products of K gradients; `combine`, their weighted sum; `check_tasks`,
+  `check_weights` and `which_shared`.
 Post: https://kexue.fm/archives/8896
 Paper: Sener & Koltun 2018, arXiv:1810.04650.
 Equations: K_ij = <g_i, g_j> = sum over leaves and entries; |sum_i w_i g_i|^2 = w' K w.
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blogjax.core.labels import leaf_name
 
@@ -45,6 +47,31 @@ def check_tasks(gradients: Any) -> int:
     return first.shape[0]
 
 
+def check_weights(weights: jax.Array, tasks: int) -> None:
+    """Raises ValueError if there is not one weight for each task."""
+    if weights.shape != (tasks,):
+        raise ValueError(f"weights of shape {weights.shape} for {tasks} tasks")
+
+
+def which_shared(shared: Any, tree: Any) -> Any:
+    """A bool for every leaf of the tree.
+
+    Args:
+      shared: a pytree of bools, or a prefix of the tree.
+      tree: pytree.
+
+    Raises:
+      ValueError: if it is no prefix, or holds something else than bools, which would count as true.
+
+    >>> which_shared({"trunk": True, "head": False}, {"trunk": [1.0, 2.0], "head": 3.0})
+    {'head': False, 'trunk': [True, True]}
+    """
+    for leaf in jax.tree.leaves(shared):
+        if not isinstance(leaf, bool | np.bool_):
+            raise ValueError(f"shared must be bools, got {leaf!r}")
+    return jax.tree.broadcast(shared, tree)
+
+
 def gram(
     gradients: Any, *, shared: Any = True, axis_name: str | Sequence[str] | None = None
 ) -> jax.Array:
@@ -53,7 +80,7 @@ def gram(
     Args:
       gradients: pytree, leaves `[K, ...]` real, averaged over the data beforehand: the products of
         averages are not averages of products.
-      shared: which leaves count: a pytree of bools, or a prefix of the tree as in `optax.masked`.
+      shared: which leaves count: a pytree of bools, or a prefix of the tree.
         Those of a single task's head belong to nobody else, and are left out where it says False.
       axis_name: axes over which the leaves are cut up, entries of one gradient on several devices.
         The products are summed over them. Not the axes of data parallelism, and not needed under
@@ -67,13 +94,14 @@ def gram(
     in float32; below, a gradient counts as zero.
 
     Raises:
-      ValueError: if leaves lack the axis of tasks or differ in its length; see `check_tasks`.
+      ValueError: if leaves lack the axis of tasks or differ in its length, or `shared` does not
+        fit; see `check_tasks` and `which_shared`.
 
     >>> gram({"a": jnp.array([[1.0, 2.0], [0.0, 1.0]]), "b": jnp.array([3.0, 1.0])}).tolist()
     [[14.0, 5.0], [5.0, 2.0]]
     """
     tasks = check_tasks(gradients)
-    counted = jax.tree.broadcast(shared, gradients)
+    counted = which_shared(shared, gradients)
     total = jnp.zeros((tasks, tasks), jnp.float32)
     for leaf, counts in zip(jax.tree.leaves(gradients), jax.tree.leaves(counted), strict=True):
         if not counts:
@@ -127,14 +155,12 @@ def combine(gradients: Any, weights: jax.Array, *, shared: Any = True) -> Any:
     NaN, so that nothing wrong goes unseen.
 
     Raises:
-      ValueError: if there is not one weight for each task.
+      ValueError: if there is not one weight for each task, or as `gram`.
 
     >>> combine({"a": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, jnp.array([1.0, 0.5]))["a"].tolist()
     [2.5, 4.0]
     """
-    tasks = check_tasks(gradients)
-    if weights.shape != (tasks,):
-        raise ValueError(f"weights of shape {weights.shape} for {tasks} tasks")
+    check_weights(weights, check_tasks(gradients))
 
     def one(leaf: jax.Array, counts: bool) -> jax.Array:
         wide = jnp.promote_types(leaf.dtype, jnp.float32)
@@ -147,4 +173,4 @@ def combine(gradients: Any, weights: jax.Array, *, shared: Any = True) -> Any:
         )
         return total.astype(leaf.dtype)
 
-    return jax.tree.map(one, gradients, jax.tree.broadcast(shared, gradients))
+    return jax.tree.map(one, gradients, which_shared(shared, gradients))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from blogjax.core.per_device import device_varying
 from blogjax.core.random import Key
 from blogjax.multitask.combiner import Combiner
-from blogjax.multitask.gram import combine, gram
+from blogjax.multitask.gram import check_weights, combine, gram, which_shared
 
 AxisName = str | Sequence[str] | None
 # losses(params) -> [K], or ([K], aux)
@@ -141,7 +141,8 @@ def combined_gradient(
       or where float32 matrices are multiplied in less, the Gram matrix has that accuracy only.
 
     Raises:
-      ValueError: if the losses are not `[K]` real numbers, or the mode is unknown.
+      ValueError: if the losses are not `[K]` real numbers, the combiner's weights not `[K]`,
+        `shared` no prefix of bools, or the mode is unknown.
 
     >>> from blogjax.multitask.min_norm import min_norm_weights
     >>> both = lambda w: jnp.stack([w[0] ** 2, 100 * w[1] ** 2])
@@ -177,7 +178,7 @@ def _scanned(
         (values, push), aux = jax.linearize(losses, params), None
     _check_losses(values)
     transposed = jax.linear_transpose(push, params)
-    counted = jax.tree.broadcast(shared, params)
+    counted = which_shared(shared, params)
 
     def pull(cotangent: jax.Array) -> Any:
         cotangent = device_varying(cotangent.astype(values.dtype), axis_name)
@@ -195,6 +196,7 @@ def _scanned(
     values, matrix = _mean((values, matrix), axis_name)
     matrix = (matrix + matrix.T) / 2
     weights = combiner(matrix, key=key, losses=values)
+    check_weights(weights, tasks)
     gradient = pull(weights)
     if not all(jax.tree.leaves(counted)):
         plain = pull(jnp.ones(tasks))
@@ -225,6 +227,7 @@ def shared_feature_gradient(
       losses: `losses(features, heads) -> [K]`, means over the examples.
       trunk: the shared parameters.
       heads: parameters behind the features; they get the plain sum of their gradients.
+        There may be none.
       combiner: as in `combined_gradient`.
       axis_name: axes of data parallelism, each device with examples of its own and equally many:
         the Gram matrix of the global batch's features is the sum of the devices', divided by their
@@ -256,5 +259,6 @@ def shared_feature_gradient(
     values = _mean(values, axis_name)
     weights = combiner(matrix, key=key, losses=values)
     (gradient,) = back(combine(by_features, weights))
-    summed = combine(by_heads, weights, shared=False)
+    # Without heads there is nothing to be summed.
+    summed = combine(by_heads, weights, shared=False) if jax.tree.leaves(by_heads) else by_heads
     return CombinedGradient(values, matrix, weights, _mean((gradient, summed), axis_name), None)

@@ -21,6 +21,7 @@ import optax
 from blogjax.core.masked import masked_sum
 from blogjax.core.norms import global_norm
 from blogjax.multitask.combiner import Combiner
+from blogjax.multitask.gram import which_shared
 from blogjax.multitask.loss_weighting import WeightedLoss, generalized_mean
 from blogjax.multitask.registry import named_combiner
 from blogjax.multitask.task_gradients import MODES, combined_gradient
@@ -126,13 +127,14 @@ def multitask_task(
       whose square float32 lacks, counts as such: weights are equal then, and the step is taken.
       With a weighting `objective`, its value. With a combiner, over the shared parameters,
       `grad_norm/<name>`; `conflicts`, the share of pairs of tasks whose gradients have a negative
-      product; `stationarity`, `|g|^2 / mean_k |g_k|^2`, which for weights that sum to 1 goes to 0
-      at a Pareto stationary point (0 also if all gradients are zero).
+      product; `stationarity`, `|sum_k w_k g_k| / sum_k |w_k| |g_k|`: 1 where the gradients point
+      the same way, 0 where they cancel, which for weights that are not negative they do only at a
+      Pareto stationary point (0 also if all that have a weight are zero).
 
     Raises:
       ValueError: if the names are none or not all different, there are both a combiner and a
         weighting, or a name or mode is unknown; in a step, if losses or weights are not `[B, K]`,
-        the weighting's are not `[K]`, or `shared` is no prefix of the parameters.
+        the combiner's or weighting's are not `[K]`, or `shared` is no prefix of the parameters.
 
     A shared trunk, a head for each task; the second label is missing in the last row:
 
@@ -171,6 +173,8 @@ def multitask_task(
 
         def means(params: Any) -> tuple[jax.Array, MultitaskOutput]:
             out = losses(params, state.model_state, rows, key)
+            if not isinstance(out, MultitaskOutput):
+                raise ValueError(f"losses must return a MultitaskOutput, got {type(out).__name__}")
             return _global_means(out, weight, names, axis_name), out
 
         if combine is not None:
@@ -190,7 +194,7 @@ def multitask_task(
                 **_named("weight", names, found.weights),
                 **_named("grad_norm", names, jnp.sqrt(squares)),
                 "conflicts": _conflicts(found.gram),
-                "stationarity": _stationarity(grads, squares, shared),
+                "stationarity": _stationarity(grads, found.weights, squares, shared),
             }
             # A zero times NaN is NaN: in gradients one task's passes to all, in losses it does not.
             bad = ~jnp.isfinite(of_each)
@@ -277,13 +281,15 @@ def _weighted(
     values, pull, out = jax.vjp(means, params, has_aux=True)
     of_each = over_devices(values)
     weighted = weighting(of_each)
+    if not isinstance(weighted, WeightedLoss):
+        raise ValueError(f"the weighting must return a WeightedLoss, got {type(weighted).__name__}")
     if weighted.weights.shape != values.shape or weighted.loss.shape:
         raise ValueError(
             f"the weighting must return a scalar and weights of shape {values.shape}, got shapes "
             f"{weighted.loss.shape} and {weighted.weights.shape}"
         )
     (grads,) = pull(weighted.weights.astype(values.dtype))
-    counted = jax.tree.broadcast(shared, params)
+    counted = which_shared(shared, params)
     if not all(jax.tree.leaves(counted)):
         # Of this pass the compiler keeps the heads' part only.
         (plain,) = pull(jnp.ones_like(values))
@@ -297,10 +303,10 @@ def _conflicts(gram: jax.Array) -> jax.Array:
     return jnp.sum(products < 0) / jnp.maximum(known, 1)
 
 
-def _stationarity(gradient: Any, squares: jax.Array, shared: Any) -> jax.Array:
+def _stationarity(gradient: Any, weights: jax.Array, squares: jax.Array, shared: Any) -> jax.Array:
     # From the gradient itself: w' K w would cancel to rounding errors of the products.
-    counted = jax.tree.leaves(jax.tree.broadcast(shared, gradient))
+    counted = jax.tree.leaves(which_shared(shared, gradient))
     leaves = zip(jax.tree.leaves(gradient), counted, strict=True)
-    square = jnp.square(global_norm([leaf for leaf, counts in leaves if counts]))
-    mean = jnp.mean(squares)
-    return jnp.where(mean == 0, 0, square / jnp.where(mean == 0, 1, mean))
+    length = global_norm([leaf for leaf, counts in leaves if counts])
+    longest = jnp.sum(jnp.abs(weights) * jnp.sqrt(squares))
+    return jnp.where(longest == 0, 0, length / jnp.where(longest == 0, 1, longest))

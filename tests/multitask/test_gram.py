@@ -124,5 +124,15 @@ def test_bad_weights(weights):
         combine(as_jax(TREE), weights)
 
 
+@pytest.mark.parametrize(
+    "shared", ["trunk", lambda tree: True, {"trunk": 1, "head": 0, "scale": 0}]
+)
+def test_what_is_shared_is_told_by_bools(shared):
+    """Anything else would be true, and count for all leaves."""
+    for use in (gram, lambda tree, shared: combine(tree, jnp.ones(3), shared=shared)):
+        with pytest.raises(ValueError, match="shared must be bools, got"):
+            use(as_jax(TREE), shared=shared)
+
+
 def test_the_number_of_tasks():
     assert check_tasks(as_jax(TREE)) == 3

@@ -274,6 +274,32 @@ def test_bad_losses(bad):
             use()
 
 
+@pytest.mark.parametrize("mode", ["jacrev", "scan"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1)])
+def test_a_combiner_of_other_weights(mode, shape):
+    def wrong(gram, *, key=None, losses=None):
+        return jnp.ones(shape)
+
+    with pytest.raises(ValueError, match=r"weights of shape \(.*\) for 2 tasks"):
+        combined_gradient(lambda w: w, W, wrong, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["jacrev", "scan"])
+def test_shared_that_is_no_bool(mode):
+    with pytest.raises(ValueError, match="shared must be bools, got 'w'"):
+        combined_gradient(lambda w: w, W, gradient_normalized_weights, mode=mode, shared="w")
+
+
+def test_features_without_heads():
+    found = shared_feature_gradient(
+        lambda t: t[None] * jnp.ones((4, 2)), lambda h, _: jnp.mean(h, axis=0), W, (),
+        gradient_normalized_weights,
+    )  # fmt: skip
+    # Each loss's gradient by the features has length 1/4 * 2: the weights are 2.
+    np.testing.assert_allclose(found.gradient[0], [2.0, 2.0], rtol=1e-6)
+    assert found.gradient[1] == ()
+
+
 def test_complex_losses():
     with pytest.raises(ValueError, match="real numbers, got complex64"):
         task_gradients(lambda w: w * 1j, W)

@@ -66,6 +66,17 @@ def test_bad_arguments_are_refused(change, message):
             {"combiner": "min_norm", "shared": {"v": True}},
             r"\('v',\)[\s\S]*\('w',\)",
         ),
+        (jnp.ones((2, 2)), {"combiner": "min_norm", "shared": "w"}, "must be bools, got 'w'"),
+        (
+            jnp.ones((2, 2)),
+            {"weighting": inverse_loss, "shared": lambda params: True},
+            "shared must be bools, got <function",
+        ),
+        (
+            jnp.ones((2, 2)),
+            {"weighting": lambda losses: losses},
+            "the weighting must return a WeightedLoss, got",
+        ),
     ],
 )  # fmt: skip
 def test_bad_losses_are_refused(losses, options, message):
@@ -73,6 +84,13 @@ def test_bad_losses_are_refused(losses, options, message):
     output = lambda params, ms, batch, key: MultitaskOutput(*parts)  # noqa: E731
     task = multitask_task(start, output, optax.sgd(1.0), names=("p", "q"), **options)
     with pytest.raises(ValueError, match=message):
+        jax.eval_shape(task.step, task.init(jax.random.key(0)), BATCH, jax.random.key(0))
+
+
+def test_losses_must_say_what_they_are():
+    losses = lambda params, ms, batch, key: jnp.ones((2, 2)) * params["w"][None]  # noqa: E731
+    task = multitask_task(start, losses, optax.sgd(1.0), names=("p", "q"))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="losses must return a MultitaskOutput, got"):
         jax.eval_shape(task.step, task.init(jax.random.key(0)), BATCH, jax.random.key(0))
 
 

@@ -152,7 +152,7 @@ def test_three_steps_in_float64(method, shared, view):
             wanted |= {
                 "grad_norm/a": norms[0], "grad_norm/b": norms[1],
                 "conflicts": vectors[0] @ vectors[1] < 0,
-                "stationarity": np.sum((w @ vectors) ** 2) / np.mean(norms**2),
+                "stationarity": np.linalg.norm(w @ vectors) / (w @ norms),
             }  # fmt: skip
         else:
             wanted["objective"] = w @ losses
@@ -195,7 +195,7 @@ def test_conflicts_and_stationarity_by_hand():
 
     w, metrics = stepper(along, ("p", "q", "r"), combiner=equal)(DIRECTIONS)
     assert metrics["conflicts"] == pytest.approx(1 / 3)
-    assert metrics["stationarity"] == pytest.approx((4 / 9 + 1) / (15 / 3))
+    assert metrics["stationarity"] == pytest.approx(13**0.5 / (5 + 2**0.5))
     assert w == pytest.approx([1 - 2 / 3, 1.0])
     take = stepper(along, ("p", "q"), combiner=equal)
     w, metrics = take(np.array([[3.0, 4.0], [-3.0, -4.0]], np.float32))
@@ -207,6 +207,15 @@ def test_conflicts_and_stationarity_by_hand():
     alone = stepper(along, ["p"], combiner=equal, mode="scan")
     w, metrics = alone(np.array([[3.0, 4.0]], np.float32))
     assert metrics["conflicts"] == 0 and metrics["stationarity"] == 1 and w == [-2, -2]
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+@pytest.mark.parametrize("combiner", ["gradient_normalized", "pcgrad", "min_norm"])
+def test_stationarity_has_no_unit(combiner, unit):
+    """Unit vectors at an angle of 120 degrees, of which every combiner here makes a rhombus."""
+    directions = unit * np.array([[1.0, 0.0], [-0.5, 0.75**0.5]], np.float32)
+    _, metrics = stepper(along, ("p", "q"), combiner=combiner)(directions)
+    assert metrics["stationarity"] == pytest.approx(0.5, rel=1e-5)
 
 
 def test_the_combiner_is_given_a_key_of_the_steps_and_the_losses():
