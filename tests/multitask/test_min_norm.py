@@ -175,3 +175,9 @@ def test_gradients_of_any_size_that_has_a_square(size):
     assert min_norm_weights(jnp.array(matrix, jnp.float32)).tolist() == [0.5, 0.5]
     eye = jnp.eye(32) * np.float32(4 * size * size)
     np.testing.assert_allclose(min_norm_weights(eye), 1 / 32, rtol=1e-6)
+
+
+def test_a_matrix_of_numpy():
+    """Its float64 is more than JAX has by default, which would warn."""
+    found = min_norm_weights(np.array([[1.0, 0.0], [0.0, 4.0]]))  # pyright: ignore[reportArgumentType]
+    np.testing.assert_allclose(found, [0.8, 0.2], rtol=1e-6)
