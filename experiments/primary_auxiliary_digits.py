@@ -63,9 +63,10 @@ def check(config: Any, label: np.ndarray) -> None:
     meshes.check_batch_size(config.data.batch_size, meshes.make_mesh())
     if not config.model.hidden or min(config.model.hidden) < 1:
         raise ValueError(f"model.hidden needs widths of at least 1, got {config.model.hidden}")
-    if not rates or rates[0] <= 0 or rates != sorted(set(rates)):
+    positive = [all(0 < v < np.inf for v in values) for values in (rates, sizes)]
+    if not rates or not positive[0] or rates != sorted(set(rates)):
         raise ValueError(f"optim.rates must be positive numbers, rising: {rates}")
-    if len(sizes) < 2 or sizes[-1] <= 0 or sizes != sorted(set(sizes), reverse=True):
+    if len(sizes) < 2 or not positive[1] or sizes != sorted(set(sizes), reverse=True):
         raise ValueError(f"orders.sizes must be two positive numbers or more, falling: {sizes}")
     check_ranges(config.orders, batches=(1, 2**16))
     check_ranges(config.train, replicas=(1, 2**16))
