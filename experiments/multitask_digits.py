@@ -177,7 +177,7 @@ def claims(config: Any, measured: list[dict[str, Any]]) -> list[Claim]:
         ),
         *(
             judge(
-                f"{METHODS[method]}: the factor {config.scale:g} changes nothing",
+                f"{METHODS[method]}: the factor {config.scale:g} changes nothing for the class",
                 GRADIENTS if method == "min_norm" else POST, moved, difference(method),
                 low=-0.01, high=0.01, near=0.006, judged=judged,
             )
