@@ -132,6 +132,20 @@ def test_infinity_and_nan_end():
         assert found.iterations[0] <= 70
 
 
+def test_cut_short_it_is_still_feasible_and_never_worse_than_before():
+    rng = np.random.default_rng(9)
+    g = rng.normal(size=(72, 6, 4)).astype(np.float32)
+    matrix, linear = gram64(g).astype(np.float32), rng.normal(size=(72, 6)).astype(np.float32)
+    before = np.zeros(72)
+    for limit in range(4):
+        found = LIMITED(matrix, linear, np.full(72, limit, np.int32))
+        assert (found.x >= 0).all() and not found.converged.all()
+        x = np.asarray(found.x, float)
+        now = value(matrix.astype(float), linear.astype(float), x)
+        assert (now <= before + 1e-5 * np.abs(before)).all()
+        before = now
+
+
 def test_the_limit_is_told():
     g = np.random.default_rng(8).normal(size=(6, 6))
     matrix = np.stack([gram64(g)] * 4).astype(np.float32)
