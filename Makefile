@@ -22,7 +22,7 @@ test: $(TEST)
 	$(PYTHON) -m pytest -n 2 -m 'not slow' tests
 
 slow: $(TEST)
-	$(PYTHON) -m pytest -m slow tests
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m slow tests
 
 check: $(TEST)
 	$(BIN)/ruff check .

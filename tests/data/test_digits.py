@@ -60,6 +60,7 @@ def _digest(loaded):
     return hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_two_processes_prepare_one_folder_at_once_and_say_nothing(root, loaded):
     folder, said = root
     for out, err in said:

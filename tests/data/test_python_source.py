@@ -103,6 +103,7 @@ def test_splits_are_those_of_the_documented_hash(tmp_path):
     assert _all(tmp_path) == KNOWN
 
 
+@pytest.mark.slow  # seconds of compiling
 @given(st.sets(st.from_regex(r"\A[a-z]{1,6}(/[a-z]{1,6})?\Z"), min_size=1, max_size=12), st.data())
 def test_a_file_that_is_added_moves_no_other(tmp_path_factory, names, data):
     root = tmp_path_factory.mktemp("tree")

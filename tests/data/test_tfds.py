@@ -203,6 +203,7 @@ def _train(workdir, steps, name, in_memory):
     return np.asarray(state.params["w"]), (workdir / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_training_from_memory_and_streamed_is_the_same_to_the_bit(tmp_path):
     weights, metrics = _train(tmp_path / "memory", 10, "tiny_images", True)  # 2.7 epochs
     assert len(metrics.splitlines()) > 10

@@ -148,6 +148,7 @@ def test_data_of_one_point_are_returned_exactly(key, schedule, eta):
     np.testing.assert_allclose(x, jnp.broadcast_to(POINT, x.shape), atol=1e-6)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_all_steps_leading_quadratic_and_own_times(key):
     denoise = point_denoiser(SCHEDULE, POINT)
     for options in (

@@ -257,6 +257,7 @@ def test_nan_propagates():
     assert np.isnan(terms.total()).tolist() == [False, False, True, True]
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize(("levels", "std"), [(65536, 0.5), (256, 1e3), (256, 1e6), (17, 30.0)])
 def test_bins_much_narrower_than_the_deviation_keep_their_digits(levels, std):
     x = np.linspace(-1, 1, levels)[[levels // 3, levels // 2]]

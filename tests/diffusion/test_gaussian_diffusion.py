@@ -21,6 +21,7 @@ TABLE = table(BETAS["post"])
 KINDS = ("eps", "x0", "v", "score")
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_q_sample_has_the_moments_of_the_forward_process(key):
     t = jnp.array([1, 300, 1000])
     x0 = jnp.full((3, 40000), 2.0)
@@ -74,6 +75,7 @@ def test_every_prediction_gives_back_data_and_noise(kind, t):
     np.testing.assert_allclose(target, value, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_small_conversions_invert_each_other(key):
     x_t, eps = jax.random.normal(key, (2, 5, 3))
     t = jnp.array([1, 10, 100, 500, 900])
@@ -220,6 +222,7 @@ def test_gradients(x64, weighting):
     check_grads(loss, (jnp.float64(0.7), eps[::-1] * 0.5), order=1, modes=["fwd", "rev"], rtol=1e-3)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_a_trained_linear_denoiser_reaches_the_closed_form_minimum(key):
     schedule, t = linear_beta_schedule(), 300
     tab = table(BETAS["linear"])

@@ -96,6 +96,7 @@ def test_training_on_fgm_is_a_gradient_penalty_to_second_order(x64, norm, power)
     assert missed[2] < 1e-3 * effect[2]
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @given(seed=st.integers(0, 99), epsilon=st.sampled_from([0.0, 0.01, 0.5, 3.0]), start=st.booleans())
 def test_pgd_stays_in_ball_and_box_and_raises_the_loss(norm, seed, epsilon, start):
@@ -132,6 +133,7 @@ def test_a_box_may_differ_between_channels():
         run(np.array([1.0, -0.2]))
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_one_step_from_zero_is_fgm_and_more_steps_beat_it():
     params, x, y = as_jax((MLP, X, Y))
     for norm in ("l2", "linf"):
@@ -153,6 +155,7 @@ def test_pgd_finds_the_top_of_a_hill_and_stays_there():
     assert r[0, 1] == 0
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_random_starts_follow_their_keys():
     params, x, y = as_jax((MLP, X, Y))
     options = {"epsilon": 0.5, "steps": 1, "step_size": 0.0}

@@ -62,6 +62,7 @@ def many(forms, layers, x, y, choices):
     return jax.vmap(one)(layers, x, y, choices)
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("widths", [(3, 2), (5, 4, 2), (4, 6, 3, 2), (3, 5, 1, 4, 2)])
 def test_two_thousand_random_networks(x64, widths):
     """1 to 4 layers, five activations, 500 networks each; also for every kernel and bias alone."""
@@ -182,6 +183,7 @@ def of_one(params, x, loss, y, **options):
 FORMS = (mlp_gradient_bound, batch_gradient_bound, of_one)
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize(("size", "widths"), [(2, (4, 3, 2)), (4, (6, 5, 4, 2))])
 def test_the_batch_form_holds_where_the_naive_one_fails(x64, size, widths):
     rng = np.random.default_rng(size)

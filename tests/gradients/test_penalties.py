@@ -273,6 +273,7 @@ def test_the_parameter_penalty_of_a_quadratic(method, dtype):
     np.testing.assert_allclose([float(slope["a"]), float(slope["b"][0])], want, rtol=rtol)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_by_the_batch_the_exact_penalty_is_right_and_the_difference_refuses():
     params = {"a": jnp.array(1.0), "b": jnp.array([-3.0])}
 

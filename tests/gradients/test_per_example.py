@@ -64,6 +64,7 @@ def formed(layers, x, loss, args, functions):
 identity = lambda z: z  # noqa: E731
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize(
     ("widths", "biased", "activation"),
     [

@@ -84,6 +84,7 @@ def test_bad_trees(value, error, match):
         steepest_ascent(jnp.ones(3), norm="l1")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("per_example", [True, False])
 def test_noise_on_the_sphere_and_in_the_ball(key, per_example):
     """Radii of the ball follow U^(1/d): their d-th power has mean 1/2 and variance 1/12."""

@@ -337,6 +337,7 @@ def test_flooding_elsewhere():
         flooding(jnp.array(1.0), jnp.ones(2))
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_parameters(dtype):
     all_of_them = jax.jit(

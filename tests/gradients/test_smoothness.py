@@ -119,6 +119,7 @@ def jacobian_rows(distance):
     return root * np.stack(rows, -1)
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_the_estimate_takes_the_values_of_all_sign_vectors(x64, distance):
     rows = jacobian_rows(distance)
@@ -138,6 +139,7 @@ def test_the_estimate_takes_the_values_of_all_sign_vectors(x64, distance):
     np.testing.assert_allclose(values.mean(1), exact, rtol=1e-7)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_many_probes_come_near_the_exact_penalties():
     w, y = jnp.asarray(W1, jnp.float32), jnp.array([0.5, -1.0])
     x = jnp.asarray(X, jnp.float32)
@@ -188,6 +190,7 @@ def test_the_mean_distance_is_the_quadratures_also_for_much_noise(distance):
     assert distance == "squared" or np.all(np.abs(back / forth - 1) > 0.05)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_laplacian_estimate_is_exact_on_a_diagonal_and_random_off_it():
     def curved(h, x):
         return ((x @ h) * x).sum(-1) / 2
@@ -265,6 +268,7 @@ def test_outputs_of_any_shape_and_arguments_per_example():
     np.testing.assert_allclose(got, [2 * 14.0, 4 * 2 * 14.0], rtol=1e-6)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_noise_belongs_to_the_row():
     x = jnp.asarray(np.concatenate([X, X]), jnp.float32)
     w = jnp.asarray(W1, jnp.float32)

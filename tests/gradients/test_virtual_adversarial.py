@@ -70,6 +70,7 @@ def test_direction_is_the_top_eigenvector_of_the_dense_hessian(x64):
         assert abs(vectors[:, -1] @ r[i]) / 0.7 > 1 - 1e-6
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_iterations_are_those_of_the_power_method(x64):
     """One step and three with the Hessian that jax makes, from the noise of none."""
     params, x = as_jax((MLP, X), jnp.float64)
@@ -261,6 +262,7 @@ def test_numbers_follow_the_rows_on_any_devices():
     np.testing.assert_allclose(part, whole[4:6], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_narrow_inputs():
     for dtype in (jnp.bfloat16, jnp.float16):
         params, x = as_jax((MLP, X), dtype)

@@ -237,6 +237,7 @@ def test_what_each_method_minimises(x64):
     assert set(found) == set(expected) | set(by_difference)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_activations_are_those_of_the_names(x64):
     """The largest penalty on two layers, with both activations."""
     known = methods(get_config().methods)

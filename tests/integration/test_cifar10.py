@@ -43,6 +43,7 @@ def small(folder, **changes):
     return config
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_published_setting():
     """Against Ho et al. 2020, section 4 and appendix B, by hand."""
     config = get_config("cifar10")

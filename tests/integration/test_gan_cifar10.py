@@ -98,6 +98,7 @@ def test_rates_fall_once_a_step():
     assert float(update[0]) == pytest.approx(4e-4, rel=1e-4)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_game_reaches_the_task(monkeypatch):
     """By what a step asks of the networks, and by what the task is told."""
     seen, options = [], {}

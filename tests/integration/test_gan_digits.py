@@ -128,6 +128,7 @@ def test_statistics_move_while_training_only(norm):
     assert abs(trained.examples - judged.examples).max() > 1e-4
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_average_is_evaluated_and_rendered(one_device):
     """With gradient normalisation left out, so that the networks alone say what is expected."""
     config = changed(**{"game.constraint": "none", "model.norm": "none", "data.flip": True})

@@ -109,6 +109,7 @@ def _plane(hidden=(5, 4)):
     return ring.make_arms(config)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_direction_of_the_gradient_as_a_critic(x64):
     params, look = _net()
     critic = _plane()[1]["direction"][0]
@@ -123,6 +124,7 @@ def test_the_direction_of_the_gradient_as_a_critic(x64):
     assert value == 0 and all(not np.any(g) for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_critics_of_all_arms_are_of_one_leaky_network(x64):
     params, look = _net()
     made, arms = _plane()
@@ -270,6 +272,7 @@ def test_an_arm_is_trained_measured_and_read_back(trained, monkeypatch):
     assert ring.run_arm(config, folder, made, "gn", arm, 3) == figures
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_what_is_evaluated_along_training(trained):
     """Shares of samples near each mode, by the generator's parameters and the rows' keys."""
     config, _, made, (_, task), _ = trained
@@ -285,6 +288,7 @@ def test_what_is_evaluated_along_training(trained):
     assert config.measure.near * ring.NOISE == pytest.approx(0.3)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_rate_falls_to_zero_with_the_last_step():
     """Adam's first update is the rate, for any gradient; the second step of one has none left."""
     config = get_config("smoke")

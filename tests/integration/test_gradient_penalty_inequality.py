@@ -137,6 +137,7 @@ def test_a_network_takes_plain_steps_on_its_loss():
     assert layer["bias"] == 0 and 0.5 < np.std(layer["kernel"]) / np.sqrt(2 / 64) < 1.5
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_figures_of_a_network(x64):
     config = get_config("smoke")
     config.measure.update(images=8, batch_sizes=(2, 4))

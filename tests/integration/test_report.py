@@ -206,6 +206,7 @@ def test_pictures_are_inside_the_page(tmp_path):
     assert all(f"the picture {n} is not shown" in page.text for n in names[1:])
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_large_runs_and_pictures_make_no_large_page(tmp_path):
     names = [picture(tmp_path / name, 900, 720) for name in ("big.png", "also.png")]
     assert (tmp_path / "big.png").stat().st_size > report.PICTURE_BYTES

@@ -252,6 +252,7 @@ def test_batch_norm_trains_by_the_batch_and_keeps_averages(name):
     np.testing.assert_allclose(made[2], made[3], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("norm", ["group", "none"])
 def test_generators_without_batch_norm_have_no_state(norm):
     for kind in (DCGANGenerator, ResNetGenerator):

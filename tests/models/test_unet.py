@@ -215,6 +215,7 @@ def test_vmap_and_one_compilation(small):
     np.testing.assert_allclose(together, np.stack(single), atol=1e-5)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_gradient_along_random_directions(small, x64):
     model = SMALL.clone(param_dtype=jnp.float64)
     x, t, labels = inputs(batch=2)

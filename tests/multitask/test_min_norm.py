@@ -168,6 +168,7 @@ def test_opposite_gradients_that_rounding_made_indefinite(gram):
     )
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("size", [1e-19, 1e-16, 1e18])
 def test_gradients_of_any_size_that_has_a_square(size):
     """Vectors that sum to zero, and orthogonal ones, which fill no float32 on the way."""

@@ -39,6 +39,7 @@ def least(gradients, primary):
     return objective([x / (chosen @ x)], g[None])[0]
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_optimum():
     gradients = gradients_without_extremes()
     weights = np.asarray(programs()(gradients)["two"], float)
@@ -90,6 +91,7 @@ def test_bad_input(primary):
         mixed_weights(jnp.eye(3), primary)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_gradients_of_any_size_that_has_a_square():
     """Two opposite primary gradients, and an auxiliary one of another size that they spare."""
     for own, other in ((1e-16, 1e-19), (1e-19, 1e15), (1e18, 1e-18)):

@@ -44,6 +44,7 @@ def check_against_enumeration(dtype, tolerance):
         ), i
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_every_set_of_free_coefficients_tried():
     check_against_enumeration(np.float32, 2e-6)
 

@@ -126,6 +126,7 @@ def test_ties_prefer_no_direction_and_go_round():
     assert got == [[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]]
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("size", [1, 40, 64, 10**6])
 def test_leaves_vote_in_groups(monkeypatch, size):
     """Whatever is grouped with what: the same outcome, in each leaf's shape and dtype."""

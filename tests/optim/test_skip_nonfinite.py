@@ -100,6 +100,7 @@ def test_extra_arguments_reach_the_inner_transformation():
     chex.assert_trees_all_close(updates, jax.tree.map(lambda x: -3 * x, gradients(0)))
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("fault", [None, jnp.nan])
 def test_vmap(fault):
     tx = skip_nonfinite(optax.adam(0.1))

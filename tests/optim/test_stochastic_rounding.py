@@ -212,6 +212,7 @@ def test_resuming_continues_the_random_numbers():
     assert (moves[0] != moves[1]).any()
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_a_key_may_be_traced_and_a_compiled_step_called_again():
     """Also under shard_map, where a key closed over would count as used by the first call."""
     params, grad = jnp.ones((8, 50), BF16), jnp.ones((8, 50), BF16)
