@@ -18,11 +18,16 @@ from optimiser_cases import CASES, Case, tree
 from blogjax.optim.skip_nonfinite import skip_nonfinite
 from blogjax.train.checkpoint import Checkpoints
 
+# Left to `make slow`: the controls, which test optax, and variants of what stays.
+SLOW = (
+    "optax.lion", "optax.adamw", "optax.sgd, momentum", "lion, bf16 momentum", "lion, cautious",
+    "sgdm, 2 microbatches", "adam, 2 microbatches", "sign power", "centralised, sgd",
+)  # fmt: skip
 
-# The controls test optax, not this repository: they are left to `make slow`.
+
 @pytest.fixture(
     params=[
-        pytest.param(case, id=name, marks=[pytest.mark.slow] * name.startswith("optax."))
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
         for name, case in CASES.items()
     ]
 )

@@ -140,6 +140,7 @@ def test_ddim_and_ddpm_end_at_the_moments_of_the_float64_recursion(key, predicti
         np.testing.assert_allclose(jnp.cov(x.T), V, atol=0.04)
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("schedule", [SCHEDULE, continuous_cosine_schedule()])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_data_of_one_point_are_returned_exactly(key, schedule, eta):
@@ -243,6 +244,7 @@ def test_clipping_recomputes_the_noise():
     assert float(jnp.max(jnp.abs(last))) == 0.5
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_an_examples_sample_depends_on_its_key_alone(key):
     keys = fold_in_rows(key, jnp.arange(6))
     order = jnp.array([5, 2, 0])
@@ -268,6 +270,7 @@ def test_one_and_eight_devices_agree(key):
     np.testing.assert_array_equal(alone, spread)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_one_program_serves_every_eta(key):
     traces = []
 
@@ -286,6 +289,7 @@ def test_one_program_serves_every_eta(key):
     assert many.shape == (2, 2, 3)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_gradients_through_the_sampler(x64):
     @jax.jit
     def last(weight, x_T, eta):

@@ -243,6 +243,7 @@ def test_bfloat16_is_computed_in_float32():
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_other_norms():
     rng = np.random.default_rng(0)
     layers = jax.tree.map(np.float32, network(rng, (5, 4, 2)))

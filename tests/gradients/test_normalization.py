@@ -282,6 +282,7 @@ def test_a_dead_relu_network_with_a_bias_is_its_sign_and_flat():
             np.testing.assert_array_equal(by_x, [[0.0], [0.0]])
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_first_and_second_derivatives_are_those_of_differences(x64):
     def critic(w, x):
         return jnp.sin(x @ w[:2]) + jnp.tanh(x @ w[2:])

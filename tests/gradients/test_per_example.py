@@ -225,6 +225,7 @@ def test_where_the_gradient_is_zero_so_are_its_derivatives():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(at_zero))
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_first_and_second_derivatives_of_a_penalty_on_the_norms(x64):
     layers, (x, y) = network(1, (2, 3, 3)), data(2, 4, 2)
     flat, unravel = ravel_pytree((layers, x))

@@ -197,6 +197,7 @@ VIEWS = [
 ]
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize(("name", "view"), VIEWS)
 def test_eight_devices_are_one(name, view):
     """Perturbed by the mean gradient, each on two rows; with jax's own sums of gradients or not."""

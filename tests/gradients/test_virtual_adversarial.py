@@ -285,6 +285,7 @@ def test_nan_is_not_taken_for_an_impossible_class():
     np.testing.assert_array_equal(np.isnan(loss), np.arange(6) == 1)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_one_key_for_all_devices():
     """Each of two then draws the same noise for its own three rows."""
     w, x = as_jax((RNG.normal(size=(5, 3)), X))

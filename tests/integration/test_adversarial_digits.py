@@ -187,6 +187,7 @@ def slope_along(function, w, b, dw, db, h=1e-5):
     return (function(w + h * dw, b + h * db) - function(w - h * dw, b - h * db)) / (2 * h)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_what_each_method_minimises(x64):
     """With one layer all is known in closed form; the penalties' gradients by differences."""
     settings = get_config().methods

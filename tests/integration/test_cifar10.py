@@ -81,6 +81,7 @@ def test_the_published_setting():
     assert "ddpm_large" in config.sample.samplers and 1000 in config.sample.steps
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_larger_variance_is_that_of_the_forward_step():
     """Ho et al., section 3.2: sigma_t^2 = beta_t, above the posterior's, and none at the end."""
     schedule = linear_beta_schedule(10)

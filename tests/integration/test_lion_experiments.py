@@ -145,6 +145,7 @@ def test_losses_after_rare_words_are_told_apart():
     assert found["max_rare"] == pytest.approx(abs(params["embedding"][some]).max(), rel=1e-5)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_what_each_arm_does_to_rows_and_to_the_rest():
     """After a step with a gradient in row 0, one without any: who still moves?"""
     config = drift_config.get_config("smoke").words

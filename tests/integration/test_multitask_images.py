@@ -169,6 +169,7 @@ def test_errors_are_counted_over_all_rows_but_padding(monkeypatch):
     assert measured["images"] == 12
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_flips_reach_the_task(monkeypatch):
     seen = []
 

@@ -61,6 +61,7 @@ def test_starts_are_the_usual_ones_and_others_around_them():
     assert (pareto.make_starts(config, 4)[5:] != starts[5:]).all()
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_figures_of_paths_by_hand():
     config = get_config()
     config.train.steps, config.measure.points = 30, 3
@@ -89,6 +90,7 @@ def test_the_figures_of_paths_by_hand():
     json.dumps(found)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_least_mean():
     across = np.linspace(-11, 11, 1101)
     grid = losses_of(*np.meshgrid(across, across)).mean(axis=-1)

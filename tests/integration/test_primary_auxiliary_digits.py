@@ -254,6 +254,7 @@ def test_a_network_that_is_not_finite_is_named_and_others_are_not_lost():
     assert same == [n in (1, 3) for n in range(8)]
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_orders_of_a_linear_and_a_quadratic_loss_in_closed_form():
     """L_0 = <a, x>, L_1 = <b, x> + |x|^2 at x = 0: the changes are <b, d> + |d|^2, d = -eta u."""
     a, sizes = np.array([[2.0, 0.0], [1.0, 1.0]]), (0.5, 0.25, 0.125)

@@ -120,6 +120,7 @@ def test_combiners_are_those_of_the_library_and_two_more():
     np.testing.assert_array_equal(walks.first_only(g @ g.T) @ g, g[0])
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_a_walk_is_adam_after_the_combiner(x64):
     starts = np.array([[-8.5, 7.5], [9.0, -1.0]])
     adam = optax.adam(0.1, eps=1e-3)

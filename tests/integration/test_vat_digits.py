@@ -126,6 +126,7 @@ def test_batches_hold_labelled_images_and_any():
     assert set(taken) == set(range(101, 120, 2)) and len(taken) == 120
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_every_network_has_its_own_length_and_images():
     config = get_config("smoke")
     config.vat.weight = 0.3

@@ -98,6 +98,7 @@ def normalised():
     return in_batches_of(24, jax.jit(jax.vmap(all_of)))
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_normalised_hulls():
     """The vector is the shortest of the hull of the quotients, in units that say what they are."""
     gradients = many(4, 3, seed=5)

@@ -83,6 +83,7 @@ def test_combined(mode, shared):
     assert found.aux is None
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("mode", MODES)
 def test_aux_losses_and_keys_reach_where_they_belong(mode):
     seen = {}

@@ -83,6 +83,7 @@ def test_group_norm_and_its_gradients_are_flaxs(key, shape, groups):
         chex.assert_trees_all_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_group_norm_under_vmap_is_that_of_a_batch(key):
     x = jax.random.normal(key, (3, 5, 7, 8))
     layer = group_norm(8)

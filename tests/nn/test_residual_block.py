@@ -74,6 +74,7 @@ def test_starts_as_its_shortcut_and_still_learns(key):
     assert jnp.abs(grad["conv_out"]["kernel"]).max() > 0
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_dropout_sits_where_it_leaves_the_mean_alone(key):
     # Only the linear last convolution comes after it, so its average is the output without it.
     k1, k2, k3 = jax.random.split(key, 3)

@@ -84,6 +84,7 @@ def test_bfloat16_is_close_to_float32():
     np.testing.assert_allclose(np.asarray(out, np.float32), wide, atol=0.03)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_starts_as_the_identity_and_still_learns(key):
     block, _, x = make(2)
     variables = jax.jit(block.init)(key, x)

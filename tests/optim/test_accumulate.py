@@ -222,6 +222,7 @@ def test_the_inner_update_is_in_one_conditional():
     assert ("sqrt", False) not in found
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_vmap_over_seeds_with_different_faults():
     tx = accumulate(optax.adam(0.1), 2)
     faults = [[None, jnp.nan, None, None], [None] * 4, [jnp.nan, jnp.nan, None, jnp.inf]]
@@ -251,6 +252,7 @@ def test_eight_devices_agree_with_one():
         assert leaf.sharding.is_equivalent_to(split, 2)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_under_shard_map_each_device_has_its_own_windows():
     """With jax's check of varying axes on; one device's bad gradient stays its own."""
     tx = accumulate(optax.adam(0.1), 2)

@@ -59,6 +59,7 @@ def simulated(axis=AXIS):
 ENTRIES = st.sampled_from([-2.0, -1e-39, -0.0, 0.0, 1.2e-38, 3.0, np.inf, -np.inf, np.nan])
 
 
+@pytest.mark.slow  # seconds of compiling
 @given(
     votes=st.integers(1, 6).flatmap(lambda w: arrays.arrays(np.float32, (w, 7), elements=ENTRIES)),
     count=st.integers(0, 100),
@@ -183,6 +184,7 @@ def draw(seed, *lead):
     return {k: rng.normal(size=(*lead, *s)).astype(np.float32) for k, s in shapes.items()}
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("voters", [1, 3, 4, 8])
 def test_training_steps_against_numpy(voters):
     """Six steps of the equations at the top of the file, in float64; some rows are never seen."""
@@ -223,6 +225,7 @@ def test_with_equal_gradients_it_is_lion_to_the_bit(voters):
     chex.assert_trees_all_equal(a, b)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_rows_that_no_device_has_seen_stay_and_lazy_rows_go_on_staying():
     """Plain Lion moves a row for ever once it was seen; a lazy one moves only where it is seen."""
     sparse = {"kernel": False, "table": True}
@@ -245,6 +248,7 @@ def test_rows_that_no_device_has_seen_stay_and_lazy_rows_go_on_staying():
     np.testing.assert_allclose(moved["plain"][1], [0.2] * 5 + [0] * 4, rtol=1e-5)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_microbatches_are_accumulated_before_the_vote():
     """As `distributed_lion` says; a device without a finite microbatch keeps its momentum."""
     k, voters, lr, wd = 3, 4, 0.1, 0.01

@@ -58,6 +58,7 @@ def test_against_float64_loops(scope, exponents, seed, eps):
         assert updates[k].dtype == jnp.float32
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("scope", SCOPES)
 @given(exponent=st.integers(-115, 120))
 def test_the_scale_of_the_gradient_does_not_change_a_bit(scope, exponent):
@@ -139,6 +140,7 @@ def test_float64_keeps_its_digits(x64):
     assert updates["h"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("tx", [normalize_gradients(s) for s in SCOPES] + [centralize_gradients()])
 def test_vmap_scan_and_eight_devices_agree(tx):
     rng = np.random.default_rng(0)

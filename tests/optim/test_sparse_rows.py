@@ -34,6 +34,7 @@ def gradients(pattern, dtype=jnp.float32):
 PATTERNS = st.lists(st.lists(st.booleans(), min_size=V, max_size=V), min_size=1, max_size=5)
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("tx", [optax.lion(0.1), optax.sgd(0.1, 0.9)], ids=["lion", "momentum"])
 @settings(max_examples=10)
 @given(pattern=PATTERNS)

@@ -255,6 +255,7 @@ def test_a_skipped_step_uses_no_random_numbers():
     chex.assert_trees_all_equal(*results)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_eight_devices_and_vmap_over_keys():
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.normal(size=(16, 8)), BF16)

@@ -126,6 +126,7 @@ def test_steps_are_relative_to_the_parameters(power):
     chex.assert_trees_all_equal(jax.tree.map(lambda p: p * 2.0**power, a), b)
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("mu_dtype", [None, jnp.bfloat16])
 @pytest.mark.parametrize("k", [1, 4])

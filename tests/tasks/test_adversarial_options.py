@@ -25,6 +25,7 @@ from blogjax.tasks.critics import (
 )
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("kind", CONSTRAINTS)
 def test_every_constraint_at_work_on_a_linear_critic(kind):
     """What the losses see on the data, and what the generator then follows, in closed form."""
@@ -80,6 +81,7 @@ def test_the_penalty_sees_the_reparametrised_critic_and_joins_the_loss():
     assert float(metrics["loss"]) == pytest.approx(gap + 2, rel=1e-5)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_conditions_reach_the_critic():
     """The critic of label 1 is blind, so only rows of label 0 teach the generator."""
 
@@ -193,6 +195,7 @@ def test_a_momentum_that_widens_is_kept_narrow():
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_optimisers_get_the_loss_and_may_hold_keys():
     plateau = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=0.5, patience=1))
     noisy = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(3)), optax.sgd(0.1))

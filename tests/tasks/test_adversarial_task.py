@@ -80,6 +80,7 @@ def test_three_steps_by_hand(unroll):
         assert int(state.step) == t + 1 and not metrics["nonfinite"].flags.any()
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_each_turn_leaves_the_other_player_as_it_was_to_the_bit():
     batch = batch_of()
     frozen = {
@@ -94,6 +95,7 @@ def test_each_turn_leaves_the_other_player_as_it_was_to_the_bit():
         assert any((x != y).any() for x, y in zip(old, new, strict=True))
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_model_states_move_in_their_own_players_turn_only():
     task = counting_task(critic_steps=3, ema_decay=0.5)
     state, _ = take(task, start(task), batch_of())
@@ -107,6 +109,7 @@ def test_model_states_move_in_their_own_players_turn_only():
     assert int(averaged["calls"]) == 1 and averaged["calls"].dtype == np.int32
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_the_numbers_of_a_row_follow_its_row_and_the_update():
     seen = []
 
@@ -207,6 +210,7 @@ def test_parameters_that_overflow_are_told_as_lost():
     assert not flags.recoverable and int(after.skipped) == 0
 
 
+@pytest.mark.slow  # seconds of compiling
 @pytest.mark.parametrize("view", [pytest.param("pmap", marks=pytest.mark.slow), "shard_map"])
 def test_devices_share_means_and_statistics(view):
     """Four devices of four rows, some of weight 0, against the global batch."""

@@ -22,6 +22,7 @@ def make(apply, **options):
     )
 
 
+@pytest.mark.slow  # seconds of compiling
 def test_dropout_keys_are_given_in_training_only():
     seen = []
 

@@ -96,10 +96,10 @@ METHODS = {
     ("method", "shared", "view"),
     [
         ("min_norm", TRUNK_ONLY, "jit"),
-        ("min_norm by scan", TRUNK_ONLY, "jit"),
+        pytest.param("min_norm by scan", TRUNK_ONLY, "jit", marks=pytest.mark.slow),
         ("min_norm by scan", True, "shard_map"),
-        ("gradient_normalized", TRUNK_ONLY, "shard_map"),
-        ("inverse_loss", TRUNK_ONLY, "shard_map"),
+        pytest.param("gradient_normalized", TRUNK_ONLY, "shard_map", marks=pytest.mark.slow),
+        pytest.param("inverse_loss", TRUNK_ONLY, "shard_map", marks=pytest.mark.slow),
         ("mean", True, "jit"),
     ],
 )
