@@ -61,6 +61,7 @@ def get_config(variant: str = "default") -> ConfigDict:
             "resample": "space_to_depth",
             "dtype": "float32",
             "param_dtype": "float32",
+            "remat": False,  # compute blocks anew on the way back: less memory, more arithmetic
         }
     )
     config.diffusion = ConfigDict(
@@ -68,7 +69,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     )
     config.optim = ConfigDict(
         {
-            "name": "adam",  # or adamw, or lion
+            "name": "adam",  # or adamw, lion, sgd
             "learning_rate": 4e-3,
             "schedule": "cosine",
             "warmup_fraction": 0.05,
@@ -76,6 +77,7 @@ def get_config(variant: str = "default") -> ConfigDict:
             "b2": 0.99,
             "weight_decay": 0.0,  # of adamw and lion, times the learning rate
             "clip_norm": 1.0,
+            "accumulate_steps": 1,  # steps that make up one update, on the mean of their gradients
             "ema_decay": 0.99,
         }
     )

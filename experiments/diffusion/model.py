@@ -16,6 +16,7 @@ from blogjax.diffusion import schedules
 from blogjax.diffusion.sampling import sample
 from blogjax.diffusion.schedules import NoiseSchedule
 from blogjax.models.unet import UNet
+from blogjax.optim.accumulate import accumulate
 from blogjax.optim.lion import lion
 from blogjax.tasks.augmentation import random_horizontal_flip
 from blogjax.tasks.denoising import Apply, denoising_task
@@ -36,7 +37,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "ddpm": {"eta": 1.0},
     "ddpm_large": {"sigma": "hat"},
 }
-OPTIMIZERS = ("adam", "adamw", "lion")
+OPTIMIZERS = ("adam", "adamw", "lion", "sgd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,8 @@ def build(config: Any, image_shape: tuple[int, ...], num_classes: int) -> Plan:
         make_optimizer(config.optim, config.train.steps),
         prediction=config.diffusion.prediction,
         weighting=config.diffusion.weighting,
-        ema_decay=config.optim.ema_decay,
+        # Per step, so that it reaches back over as many updates however many steps these take.
+        ema_decay=_root(config.optim.ema_decay, config.optim.accumulate_steps),
         augment=random_horizontal_flip if config.data.flip else None,
         axis_name=per_device.axis_name(config.mesh.view),
     )
@@ -117,35 +119,48 @@ def _check_samples(samples: Any, schedule: NoiseSchedule, num_classes: int) -> N
 
 
 def make_optimizer(optim: Any, steps: int) -> optax.GradientTransformation:
-    """Adam, AdamW or Lion on clipped gradients; the decay is of all parameters, biases too.
+    """Adam, AdamW, Lion or SGD on clipped gradients; the decay is of all parameters, biases too.
 
-    The rate rises linearly, then stays or falls like a cosine.
+    The rate rises linearly, then stays or falls like a cosine. With `accumulate_steps` there is one
+    update for so many steps, on the mean of their gradients, and the rate counts updates.
 
     Raises:
-      ValueError: for an unknown `name` or `schedule`, and where Adam, which has none, is given a
-        decay.
+      ValueError: for an unknown `name` or `schedule`, where Adam or SGD, which have none, are given
+        a decay, and if there are fewer steps than one update takes.
     """
-    warmup = int(optim.warmup_fraction * steps)
+    every = optim.accumulate_steps
+    if not 1 <= every <= steps:
+        raise ValueError(
+            f"optim.accumulate_steps must be in 1..{steps}, the steps of the run, got {every}"
+        )
+    updates = steps // every
+    warmup = int(optim.warmup_fraction * updates)
     if optim.schedule == "cosine":
-        rate = optax.warmup_cosine_decay_schedule(0.0, optim.learning_rate, warmup, steps)
+        rate = optax.warmup_cosine_decay_schedule(0.0, optim.learning_rate, warmup, updates)
     elif optim.schedule == "constant":
         # Without steps to rise in, optax's schedule would stay at 0.
         rate = optax.warmup_constant_schedule(0.0, optim.learning_rate, max(warmup, 1))
     else:
         raise ValueError(f"optim.schedule must be cosine or constant, got {optim.schedule!r}")
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm), _make_inner_optimizer(optim, rate)
-    )
+    tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), _make_inner_optimizer(optim, rate))
+    return tx if every == 1 else accumulate(tx, every)
+
+
+def _root(decay: float, every: int) -> float:
+    """The decay of one step where `every` of them make up one of `decay`."""
+    return decay ** (1 / every) if every > 1 and decay > 0 else decay
 
 
 def _make_inner_optimizer(optim: Any, rate: optax.Schedule) -> optax.GradientTransformation:
     decay = optim.weight_decay
-    if optim.name == "adam":
+    if optim.name in ("adam", "sgd"):
         if decay != 0:
             raise ValueError(
-                f"optim.weight_decay is {decay}, but optim.name is 'adam', which has no decay: "
-                "take 'adamw' or 'lion'"
+                f"optim.weight_decay is {decay}, but optim.name is {optim.name!r}, which has no "
+                "decay: take 'adamw' or 'lion'"
             )
+        if optim.name == "sgd":
+            return optax.sgd(rate)
         return optax.adam(rate, b1=optim.b1, b2=optim.b2)
     if optim.name == "adamw":
         return optax.adamw(rate, b1=optim.b1, b2=optim.b2, weight_decay=decay)

@@ -106,7 +106,9 @@ def test_samples_do_not_depend_on_the_devices(smoke):
         ("data.splits", ("train",), r"must name train, validation, test"),
         ("data.splits", ("train", "test", "test"), r"splits of their own"),
         ("optim.b1", 1.5, r"b1 must be in \[0, 1\)"),
-        ("optim.name", "sgd", r"one of adam, adamw, lion, got 'sgd'"),
+        ("optim.name", "muon", r"one of adam, adamw, lion, sgd, got 'muon'"),
+        ("optim.accumulate_steps", 0, r"accumulate_steps must be in 1..6, .* got 0"),
+        ("optim.accumulate_steps", 7, r"accumulate_steps must be in 1..6, .* got 7"),
         ("optim.weight_decay", 0.1, r"weight_decay is 0.1, but optim.name is 'adam'"),
         ("optim.weight_decay", -0.1, r"weight_decay must be in \[0, inf\), got -0.1"),
         ("optim.warmup_fraction", -1.0, r"warmup_fraction must be in"),
@@ -143,6 +145,23 @@ def test_a_per_device_view_does_not_split_parameters(tmp_path):
     config.mesh.update(view="pmap", fsdp=2)
     with pytest.raises(ConfigError, match=r"'pmap' every device holds the whole state.* fsdp=2"):
         ddpm.run(config, tmp_path)
+
+
+def test_accumulated_steps_are_one_update():
+    """Three updates of two steps each, by hand: means of pairs, and a rate that counts updates."""
+    optim = get_config("smoke").optim
+    optim.update(
+        name="sgd", accumulate_steps=2, clip_norm=1e9, warmup_fraction=0.0, learning_rate=0.5
+    )
+    tx = model.make_optimizer(optim, 7)
+    gradients = np.array([1.0, 3.0, -2.0, 6.0, 5.0, 1.0], np.float32)
+    state, moved = tx.init(np.zeros((), np.float32)), []
+    for g in gradients:
+        updates, state = tx.update(g, state)
+        moved.append(float(updates))
+    rates = 0.25 * (1 + np.cos(np.pi * np.arange(3) / 3))
+    expected = np.stack([np.zeros(3), -rates * gradients.reshape(3, 2).mean(1)], 1).ravel()
+    np.testing.assert_allclose(moved, expected, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -188,6 +188,29 @@ def test_dropout_only_in_training(small):
         jax.eval_shape(lambda v: dropping.apply(v, *args, train=True), small)
 
 
+@pytest.mark.slow
+def test_remat_changes_memory_and_nothing_else(small):
+    x, t, labels = inputs()
+    key = jax.random.key(3)
+
+    def loss(model, v):
+        out = model.apply(v, x, t, labels, train=True, rngs={"dropout": jax.random.clone(key)})
+        return jnp.sum(jnp.sin(out))
+
+    plain = SMALL.clone(dropout=0.3)
+    again = plain.clone(remat=True)
+    chex.assert_trees_all_equal_shapes(shapes(plain, *inputs()), shapes(again, *inputs()))
+    wanted, found = (jax.jit(jax.value_and_grad(partial(loss, m)))(small) for m in (plain, again))
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    chex.assert_trees_all_close(found, wanted, rtol=0, atol=1e-6 * largest)
+
+    def kept(model):  # entries between the way there and the way back
+        pull = jax.eval_shape(lambda v: jax.vjp(partial(loss, model), v)[1], small)
+        return sum(leaf.size for leaf in jax.tree.leaves(pull))
+
+    assert kept(again) < 0.5 * kept(plain)
+
+
 def test_one_device_and_eight_agree(small):
     args = inputs()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
