@@ -42,7 +42,7 @@ from experiments.adversarial.plane import (
     train_arm,
 )
 from experiments.launch.configs import check_ranges, config_errors
-from experiments.launch.result import Claim, Result, judge, write_json
+from experiments.launch.result import Claim, Result, judge, measured_once
 from experiments.optimisers.arms import check_train
 
 POST, PAPER = "https://kexue.fm/archives/8757", "https://arxiv.org/abs/2109.02235"
@@ -141,8 +141,8 @@ def run_arm(
 ) -> dict[str, Any]:
     """Trains and measures one arm; a finished one is read back."""
     critic, task = arm
-    stored = folder / "measured.json"
-    if not stored.exists():
+
+    def train_and_measure() -> dict[str, Any]:
         print(f"\n{folder}", flush=True)
         state = train_arm(folder, plane, task, config, seed)
         figures, shown = measure_arm(config, plane, name, critic, state, seed)
@@ -151,8 +151,9 @@ def run_arm(
         figures["along"] = measures.along_training(evaluated, config.measure.share)
         program = json.loads((folder / "program.json").read_text())
         figures["operations"] = program.get("flops")  # of a step, as XLA counts them
-        write_json(stored, figures)
-    return json.loads(stored.read_text())
+        return figures
+
+    return measured_once(folder / "measured.json", train_and_measure)
 
 
 def claims(config: Any, measured: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[Claim]:
@@ -260,10 +261,7 @@ def run(config: Any, workdir: pathlib.Path) -> Result:
                 for name, arm in arms.items()
             }
         )
-    stored = workdir / "times.json"
-    if not stored.exists():
-        write_json(stored, clock(config, plane, arms, len(seeds)))
-    times = json.loads(stored.read_text())
+    times = measured_once(workdir / "times.json", lambda: clock(config, plane, arms, len(seeds)))
     shown = {name: dict(np.load(folders[0] / name / "shown.npz")) for name in arms}
     draw_arms(workdir / PICTURE, plane.data, shown, measured, square(plane))
     return Result(

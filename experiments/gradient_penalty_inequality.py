@@ -18,7 +18,6 @@ Differences from the post: it has no experiment. Where an image's gradients are 
 """
 
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from blogjax.train import mesh as meshes
 from blogjax.train.loop import fit
 from blogjax.train.task import Batch, Task
 from experiments.launch.configs import check_ranges, config_errors
-from experiments.launch.result import Claim, Result, judge, write_json
+from experiments.launch.result import Claim, Result, judge, measured_once
 from experiments.optimisers.arms import check_train
 
 POST = "https://kexue.fm/archives/8796"
@@ -229,16 +228,17 @@ def run_network(
     measure = make_measure(config, network, data)
     found = []
     for steps in config.measure.steps:
-        stored = folder / f"measured_{steps}.json"
-        if not stored.exists():
+
+        def train_and_measure(steps: int = steps) -> dict[str, Any]:
             print(f"\n{folder}, {steps} steps", flush=True)
             state = fit(
                 task, batches, steps, seed=seed, workdir=folder,
                 log_every=config.train.log_every, save_seconds=config.train.save_seconds,
                 on_nonfinite=config.train.on_nonfinite, verbose=True,
             )  # fmt: skip
-            write_json(stored, measure(state))
-        found.append(json.loads(stored.read_text()))
+            return measure(state)
+
+        found.append(measured_once(folder / f"measured_{steps}.json", train_and_measure))
     return found
 
 

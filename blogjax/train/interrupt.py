@@ -4,8 +4,6 @@ import signal
 import threading
 from types import FrameType
 
-import jax
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -48,13 +46,3 @@ class StopRequest:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-def agreed(flag: bool) -> bool:
-    """Whether any process raised its flag; all processes must ask at the same step."""
-    if jax.process_count() == 1:
-        return flag
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

@@ -24,7 +24,8 @@ from blogjax.train import mesh as meshes
 from blogjax.train.bookkeeping import Bookkeeper, NonfiniteError, check_not_stopped
 from blogjax.train.checkpoint import Best, Checkpoints
 from blogjax.train.compiled import INIT, compile_task
-from blogjax.train.interrupt import Interrupted, StopRequest, agreed
+from blogjax.train.distributed import any_process
+from blogjax.train.interrupt import Interrupted, StopRequest
 from blogjax.train.per_device import View
 from blogjax.train.prefetch import prefetch
 from blogjax.train.profiling import Profile, describe_program
@@ -81,7 +82,7 @@ def fit(
       render_every: the same for `render`.
       save_every: steps between checkpoints.
       save_seconds: seconds between checkpoints; may be given beside `save_every`. Several
-        processes agree on the moment at multiples of `log_every`.
+        processes agree on the moment, and on stopping, at multiples of `log_every`.
       log_every: steps between records of the training metrics, which are those of that one step.
       keep: how many of the latest checkpoints stay.
       best: which evaluated metric decides on one more checkpoint to keep; one is then written
@@ -182,13 +183,11 @@ def fit(
                 with compilations.within("rendering"):
                     books.render(step, state)
 
-            together = jax.process_count() == 1 or last or step % log_every == 0
-            stopping = together and agreed(stop.requested)
-            timely = (
-                save_seconds is not None
-                and together
-                and agreed(time.monotonic() - saved_at >= save_seconds)
-            )
+            stopping = timely = False
+            # Several processes must agree, which costs them a moment.
+            if jax.process_count() == 1 or last or step % log_every == 0:
+                overdue = save_seconds is not None and time.monotonic() - saved_at >= save_seconds
+                stopping, timely = any_process(stop.requested, overdue)
             wanted = last or stopping or timely or improved is not None
             if step > start and (wanted or _due(step, save_every)):
                 with compilations.within("saving"):

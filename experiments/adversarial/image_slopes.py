@@ -17,6 +17,7 @@ import numpy as np
 from blogjax.core.norms import per_example_norm
 from blogjax.gradients.input_gradient import value_and_input_gradient
 from blogjax.tasks.critics import ConstraintName, constrain
+from experiments.launch.pictures import save_figure
 from experiments.launch.result import Claim, judge
 
 POST = "https://kexue.fm/archives/8757"
@@ -218,5 +219,4 @@ def _draw(
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)

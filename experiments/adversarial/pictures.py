@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from blogjax.data.toy2d import Toy2D
+from experiments.launch.pictures import save_figure
 
 NAMES = {
     "none": "none",
@@ -44,7 +45,6 @@ def draw_arms(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from PIL import Image
 
     figure, axes = plt.subplots(2, 4, figsize=(13, 7.7))
     for axis, (name, panel) in zip(axes.flat, shown.items(), strict=False):
@@ -84,9 +84,4 @@ def draw_arms(
         "modes", fontsize=15,
     )  # fmt: skip
     figure.tight_layout()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
-    # Bands of few colours: a palette takes a third of the bytes.
-    with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-    small.save(path, optimize=True)
+    save_figure(figure, path, dpi=100, colours=256)

@@ -1,12 +1,13 @@
 """Runs of one model by several seeds, each in its own folder; finished ones are read back."""
 
-import json
+import functools
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.launch.result import write_json
+from blogjax.train.distributed import is_first
+from experiments.launch.result import measured_once
 
 
 def by_seed(
@@ -26,10 +27,9 @@ def by_seed(
     folders = {f"seed {s}": workdir / f"seed{s}" if len(seeds) > 1 else workdir for s in seeds}
     measured = []
     for seed, folder in zip(seeds, folders.values(), strict=True):
-        stored = folder / "measured.json"
-        if not stored.exists():
-            write_json(stored, measure(seed, folder))
-        measured.append(json.loads(stored.read_text()))
+        measured.append(
+            measured_once(folder / "measured.json", functools.partial(measure, seed, folder))
+        )
     return folders, measured
 
 
@@ -38,6 +38,6 @@ def copy_pictures(
 ) -> None:
     """Puts the first seed's pictures in the run's folder, where it is not there already."""
     first = next(iter(folders.values()))
-    if first != workdir:
+    if first != workdir and is_first():
         for name in names:
             shutil.copy(first / name, workdir / name)

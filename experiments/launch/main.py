@@ -2,12 +2,14 @@
 
     python -m experiments.ddpm --config=configs/ddpm.py[:variant] --workdir=runs/a
         [--config.group.field=value ...] [--overwrite] [--profile=START:STOP]
+        [--coordinator_address=HOST:PORT --num_processes=N --process_id=I]
 
 The folder gets the resolved config, all that the run writes, and at the end `result.json` and a
 page to read, `report.html`. Started again, an unfinished run goes on and a finished one prints its
 table. `--profile` writes a trace of those steps, for TensorBoard or Perfetto, to `profile/` in the
-folder of each training run. Exit codes: 0 done, 1 error, 2 bad config or flags, 75 interrupted and
-resumable.
+folder of each training run. The flags of the last line make this one of several processes of one
+run; `experiments.launch.processes` says what is found out without them. Exit codes: 0 done,
+1 error, 2 bad config or flags, 75 interrupted and resumable.
 """
 
 import contextlib
@@ -29,7 +31,8 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from experiments.launch import configs
+from blogjax.train.distributed import is_first, on_first
+from experiments.launch import configs, processes
 from experiments.launch.configs import ConfigError
 from experiments.launch.report import write_report
 from experiments.launch.result import Result, claims_of, print_claims, write_json
@@ -46,19 +49,25 @@ def main(run: Run) -> None:
     from blogjax.train.loop import NonfiniteError
 
     try:
-        config, name, workdir, overwrite, profile = _parse(sys.argv)
+        config, name, workdir, values, profile = _parse(sys.argv)
+        processes.start(values)
     except ConfigError as error:
         _fail(str(error), BAD_CONFIG)
+    except ConnectionError as error:
+        _fail(str(error), ERROR)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _folder(workdir, overwrite), profile:
+        processes.check_same(config, name, workdir)
+        with _folder(workdir, values.overwrite), profile:
             _launch(run, config, name, workdir)
     except ConfigError as error:
         _fail(str(error), BAD_CONFIG)
     except (Interrupted, KeyboardInterrupt) as error:
         where = f"{error}; " if isinstance(error, Interrupted) else "interrupted; "
         print(f"\n{where}go on with:\n  {_command()}", flush=True)
-        sys.exit(INTERRUPTED)
+        if isinstance(error, Interrupted):
+            sys.exit(INTERRUPTED)  # all processes have agreed
+        processes.leave(INTERRUPTED)
     except NonfiniteError as error:
         hint = (
             "\ntry a lower learning rate in another folder; or, to leave such steps out here, "
@@ -74,10 +83,21 @@ def main(run: Run) -> None:
         _fail(str(error), ERROR)
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ERROR)
+        processes.leave(ERROR)
     except OSError as error:
         _fail(f"{error}; when that is mended, go on with:\n  {_command()}", ERROR)
+    except Exception as error:
+        if _alone():
+            raise
+        processes.tell_lost(error, _command())
+        processes.leave(ERROR)
     sys.exit(DONE)
+
+
+def _alone() -> bool:
+    import jax
+
+    return jax.process_count() == 1
 
 
 class FolderError(RuntimeError):
@@ -86,7 +106,7 @@ class FolderError(RuntimeError):
 
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    processes.leave(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -96,7 +116,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _parse(
     argv: list[str],
-) -> tuple[ConfigDict, str, pathlib.Path, bool, contextlib.AbstractContextManager[None]]:
+) -> tuple[ConfigDict, str, pathlib.Path, Any, contextlib.AbstractContextManager[None]]:
     """Flags, with every complaint a `ConfigError` of one screen."""
     from absl import flags
     from ml_collections import config_flags
@@ -123,6 +143,7 @@ def _parse(
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "set an older run aside", flag_values=values)
     flags.DEFINE_string("profile", None, "START:STOP, steps to trace", flag_values=values)
+    processes.define_flags(flags, values)
     try:
         rest = values(argv)[1:]
         window = None if values.profile is None else parse_window(values.profile)
@@ -133,7 +154,7 @@ def _parse(
     if not values.workdir:
         raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/a")
     profile = contextlib.nullcontext() if window is None else profiling(*window)
-    return config, name, pathlib.Path(values.workdir), values.overwrite, profile
+    return config, name, pathlib.Path(values.workdir), values, profile
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -148,6 +169,12 @@ def _joined(argv: list[str]) -> list[str]:
 @contextlib.contextmanager
 def _folder(workdir: pathlib.Path, overwrite: bool) -> Iterator[None]:
     """Makes the folder, makes sure that it can be written to, and that nobody else is in it."""
+    with contextlib.ExitStack() as held:
+        on_first(lambda: _take(workdir, overwrite, held))
+        yield
+
+
+def _take(workdir: pathlib.Path, overwrite: bool, held: contextlib.ExitStack) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise FolderError(f"cannot use {workdir} as a folder: it is a file")
     try:
@@ -164,12 +191,10 @@ def _folder(workdir: pathlib.Path, overwrite: bool) -> Iterator[None]:
             probe = workdir / ".probe"
             probe.write_bytes(bytes(2**20))
             probe.unlink()
-            # Held, with what was entered, until the run is over.
-            held = lock.pop_all()
+            # With what was entered, until the run is over.
+            held.push(lock.pop_all())
     except OSError as error:
         raise FolderError(f"cannot write to {workdir}: {error}") from error
-    with held:
-        yield
 
 
 @contextlib.contextmanager
@@ -218,25 +243,17 @@ def _arguments() -> list[str]:
 def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> None:
     wanted = configs.to_json(config)
     stored, finished = workdir / "config.json", workdir / "result.json"
-    if stored.exists():
-        different = configs.differences(_read(stored).get("config", {}), wanted)
-        if different:
-            lines = "\n".join(f"  {line}" for line in different)
-            raise ConfigError(
-                f"{workdir} holds a run of another config:\n{lines}\n"
-                "choose another --workdir, or give --overwrite to set that run aside"
-            )
-    if finished.exists():
-        record = _read(finished)
-        print(f"{workdir} is finished; nothing to do.\n")
-        print_claims(claims_of(record))
-        names = (workdir.with_name(letter) for letter in "bcdefghijklmnopqrstuvwxyz")
-        free = next((str(path) for path in names if not path.exists()), "runs/another")
-        again = os.environ.get("BLOGJAX_AFRESH", "--workdir={}, or --overwrite").format(free)
-        _tell_files(workdir, record["pictures"])
-        print(f"to start afresh: {again}")
+
+    def look() -> tuple[bool, dict[str, Any] | None]:
+        """Whether there is something to go on with, and the result if there is one."""
+        if stored.exists():
+            _check_same_run(workdir, wanted)
+        return stored.exists(), _read(finished) if finished.exists() else None
+
+    resumed, record = on_first(look)
+    if record is not None:
+        _tell_finished(workdir, record)
         return
-    resumed = stored.exists()
     write_json(stored, {"name": name, "config": wanted})
     began = time.time()
     _use_compilation_cache()
@@ -244,7 +261,7 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
         result = run(config, workdir)
     except BaseException:
         # What came to nothing does not claim the folder for its config.
-        if not resumed and not any(workdir.glob("**/checkpoints/[0-9]*")):
+        if is_first() and not resumed and not any(workdir.glob("**/checkpoints/[0-9]*")):
             stored.unlink()
         raise
     record = {
@@ -268,8 +285,30 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
     _tell_files(workdir, result.pictures)
 
 
+def _check_same_run(workdir: pathlib.Path, wanted: dict[str, Any]) -> None:
+    different = configs.differences(_read(workdir / "config.json").get("config", {}), wanted)
+    if different:
+        lines = "\n".join(f"  {line}" for line in different)
+        raise ConfigError(
+            f"{workdir} holds a run of another config:\n{lines}\n"
+            "choose another --workdir, or give --overwrite to set that run aside"
+        )
+
+
+def _tell_finished(workdir: pathlib.Path, record: dict[str, Any]) -> None:
+    print(f"{workdir} is finished; nothing to do.\n")
+    print_claims(claims_of(record))
+    names = (workdir.with_name(letter) for letter in "bcdefghijklmnopqrstuvwxyz")
+    free = next((str(path) for path in names if not path.exists()), "runs/another")
+    again = os.environ.get("BLOGJAX_AFRESH", "--workdir={}, or --overwrite").format(free)
+    _tell_files(workdir, record["pictures"])
+    print(f"to start afresh: {again}")
+
+
 def _tell_files(workdir: pathlib.Path, pictures: Sequence[str]) -> None:
     """Names what to look at; writes the page anew, for it is made of the other files."""
+    if not is_first():
+        return
     try:
         write_report(workdir)
     except Exception as error:  # the run is done and its result on the disk

@@ -6,8 +6,10 @@ import math
 import os
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
+
+from blogjax.train.distributed import is_first, on_first
 
 Verdict = Literal["holds", "fails", "undecided", "not judged"]
 
@@ -121,10 +123,28 @@ def _finite(tree: Any) -> Any:
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
-    """Writes the whole file or nothing."""
+    """Writes the whole file or nothing; of several processes the first one does."""
+    if not is_first():
+        return
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(json.dumps(_finite(record), indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def measured_once(path: pathlib.Path, measure: Callable[[], Any]) -> Any:
+    """What `measure()` gives, kept in a file and read back from there the next time.
+
+    Args:
+      path: of the file, JSON.
+      measure: called if there is no such file; on all processes, of whose results the first one's
+        counts.
+
+    Returns:
+      What was measured, as JSON has it: NaN is None.
+    """
+    if not on_first(path.exists):
+        write_json(path, measure())
+    return on_first(lambda: json.loads(path.read_text()))
 
 
 def claims_of(record: Mapping[str, Any]) -> list[Claim]:

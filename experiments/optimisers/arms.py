@@ -1,7 +1,6 @@
 """Runs of an experiment that compares several: each in its own folder, finished ones read back."""
 
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 from blogjax.train.loop import fit
 from blogjax.train.task import Batches, Task
 from experiments.launch.configs import check_loop
-from experiments.launch.result import write_json
+from experiments.launch.result import measured_once
 
 
 def check_train(train: Any, steps: Mapping[str, int]) -> None:
@@ -54,8 +53,8 @@ def run_arm(
     Returns:
       What was measured, as JSON has it: NaN is None.
     """
-    stored = folder / "measured.json"
-    if not stored.exists():
+
+    def train_and_measure() -> Mapping[str, Any]:
         print(f"\n{folder}", flush=True)
         state = fit(
             task,
@@ -68,8 +67,9 @@ def run_arm(
             on_nonfinite=train.on_nonfinite,
             verbose=True,
         )
-        write_json(stored, measure(state))
-    return json.loads(stored.read_text())
+        return measure(state)
+
+    return measured_once(folder / "measured.json", train_and_measure)
 
 
 def ratio(above: float | None, below: float | None) -> float:

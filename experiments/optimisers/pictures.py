@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.launch.pictures import save_figure
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
@@ -84,5 +86,4 @@ def draw_panels(path: pathlib.Path, panels: Sequence[Panel]) -> None:
         ncols=len(handles), frameon=False,
     )  # fmt: skip
     figure.tight_layout()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)

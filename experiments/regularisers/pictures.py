@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.launch.pictures import save_figure
+
 MARKERS = "osD^vP*Xph<>"
 
 
@@ -24,8 +26,7 @@ def figure(path: pathlib.Path, panels: int) -> Iterator[Sequence[Any]]:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     drawn.tight_layout()
-    drawn.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(drawn)
+    save_figure(drawn, path, dpi=100)
 
 
 def dots(

@@ -1,0 +1,98 @@
+"""The launcher's side of several processes: flags, start, and how to leave together.
+
+    --coordinator_address=HOST:PORT --num_processes=N --process_id=I [--heartbeat_seconds=100]
+
+Without them the environment is asked: `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+`JAX_PROCESS_ID` (or a Kubernetes Job's `JOB_COMPLETION_INDEX`), a SLURM step, Open MPI, a Cloud
+TPU. `--num_processes=1` runs a process on its own wherever it is. All processes need the same
+command and a `--workdir` that they share.
+"""
+
+import os
+import sys
+import time
+import traceback
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from blogjax.train import distributed
+from experiments.launch import configs
+from experiments.launch.configs import ConfigError
+
+# So that another process that fails for the same reason can say so before the first one, which
+# keeps them all together, is gone.
+_LAST_WORDS_SECONDS = 2.0
+
+
+def define_flags(flags: Any, values: Any) -> None:
+    """Adds the flags to those of the launcher."""
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many there are", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is", flag_values=values)
+    flags.DEFINE_integer(
+        "heartbeat_seconds", 100, "silence after which a process is dead", 1, flag_values=values
+    )
+
+
+def start(values: Any) -> None:
+    """Joins the other processes, if there are any; the first one speaks for all.
+
+    Raises:
+      ConfigError: if the flags or the environment are at odds.
+      ConnectionError: if the processes do not find each other.
+    """
+    try:
+        found = distributed.detect(
+            values.coordinator_address, values.num_processes, values.process_id
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        distributed.start(found, heartbeat_seconds=values.heartbeat_seconds)
+    except (RuntimeError, ValueError) as error:
+        raise ConnectionError(f"the processes did not find each other: {error}") from error
+    if found is not None and not distributed.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
+
+
+def check_same(config: ConfigDict, name: str, workdir: Any) -> None:
+    """Refuses processes that were started with different configs or folders.
+
+    Raises:
+      ConfigError: naming what differs.
+    """
+    mine = {"config": name, "workdir": str(workdir), **configs.to_json(config)}
+    first = distributed.on_first(lambda: mine)
+    different = configs.differences(first, mine)
+    if different:
+        lines = "\n".join(f"  {line}" for line in different)
+        raise ConfigError(f"this process differs from process 0 (there):\n{lines}")
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process; one of several does so without waiting for the others.
+
+    At an orderly exit jax waits for all processes, which would be for minutes where one of them has
+    failed and the others wait for it in the middle of a step.
+    """
+    import jax
+
+    if code == 0 or jax.process_count() == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if distributed.is_first():
+        time.sleep(_LAST_WORDS_SECONDS)
+    os._exit(code)
+
+
+def tell_lost(error: BaseException, command: str) -> None:
+    """Says what an error inside a step of several processes most likely means."""
+    traceback.print_exception(error)
+    print(
+        "\nerror: the step failed; where nothing above tells of this process, another one has "
+        f"ended. Start all of them again, and they go on from the last checkpoint:\n  {command}",
+        file=sys.stderr,
+        flush=True,
+    )
