@@ -22,6 +22,7 @@ import numpy as np
 from blogjax.train.loop import fit
 from experiments.images.seeds import by_seed, copy_pictures
 from experiments.launch.configs import config_errors
+from experiments.launch.pictures import save_figure
 from experiments.launch.result import Claim, Result, judge
 from experiments.multitask.attribute_model import Plan, build, measure
 from experiments.multitask.attributes import Attributes, open_attributes
@@ -95,8 +96,7 @@ def draw(path: pathlib.Path, names: tuple[str, ...], measured: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def run(config: Any, workdir: pathlib.Path) -> Result:

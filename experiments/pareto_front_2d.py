@@ -24,7 +24,7 @@ Seen in trials with other seeds (100, 101, 102), before the judged runs:
 Differences from the posts: they have no experiments.
 """
 
-import json
+import functools
 import math
 import pathlib
 from typing import Any
@@ -37,7 +37,7 @@ from blogjax.multitask.min_norm import min_norm_weights
 from blogjax.multitask.primary_auxiliary import primary_auxiliary_weights
 from blogjax.multitask.task_gradients import task_gradients
 from experiments.launch.configs import check_ranges, config_errors
-from experiments.launch.result import Claim, Result, judge, write_json
+from experiments.launch.result import Claim, Result, judge, measured_once
 from experiments.multitask.two_losses import STARTS, distance_to_front, front, losses
 from experiments.multitask.walks import combiners, first_only, walk
 from experiments.optimisers.arms import ratio
@@ -56,6 +56,10 @@ def check(config: Any) -> None:
     Raises:
       ValueError: naming the field.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"there is nothing to share here: run it in one process, not in {jax.process_count()}"
+        )
     huge, train, measure = 2**31, config.train, config.measure
     check_ranges(config.starts, around=(1, huge), deviation=(0, 10))
     check_ranges(config.optim, learning_rate=(1e-9, 10), eps=(0, 1), cagrad_c=(0, 1))
@@ -295,10 +299,8 @@ def run(config: Any, workdir: pathlib.Path) -> Result:
     measured: list[dict[str, Any]] = []
     for seed, folder in zip(seeds, folders, strict=True):
         arms = run_arms(config, folder, seed)
-        stored = folder / "rise.json"
-        if not stored.exists():
-            write_json(stored, auxiliary_rise(config, seed))
-        measured.append({"arms": arms, "rise": json.loads(stored.read_text())})
+        rise = measured_once(folder / "rise.json", functools.partial(auxiliary_rise, config, seed))
+        measured.append({"arms": arms, "rise": rise})
     shown = {name: np.load(folders[0] / f"{name}.npz")["paths"] for name in measured[0]["arms"]}
     float64 = shown.pop(FLOAT64)
     usual = len(STARTS)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.launch.pictures import save_figure
+
 PANELS = {
     "class": ("class", "right, % of test images"),
     "parity": ("parity", "right, % of test images"),
@@ -58,8 +60,7 @@ def draw(path: pathlib.Path, methods: Mapping[str, str], measured: Sequence[Any]
         frameon=False,
     )  # fmt: skip
     figure.tight_layout()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def _least(measured: Sequence[Any], task: str) -> float:

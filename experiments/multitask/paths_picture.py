@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.launch.pictures import save_figure
 from experiments.multitask.two_losses import STARTS, front, losses
 from experiments.multitask.walks import NAMES
 
@@ -34,7 +35,6 @@ def draw_paths(path: pathlib.Path, paths: Mapping[str, np.ndarray], steps: int) 
     import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
     from matplotlib.colors import PowerNorm
-    from PIL import Image
 
     across = np.linspace(-11, 11, 221)
     values, pareto = mean_loss(across), front(101)
@@ -67,12 +67,7 @@ def draw_paths(path: pathlib.Path, paths: Mapping[str, np.ndarray], steps: int) 
         "from five starts (dots) to the ends (crosses), over the mean loss; grey band: Pareto "
         "front", fontsize=16,
     )  # fmt: skip
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    # Lines of few colours: a palette takes a third of the bytes.
-    with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-    small.save(path, optimize=True)
+    save_figure(figure, path, dpi=100, colours=256)
 
 
 def draw_ends(
@@ -121,5 +116,4 @@ def draw_ends(
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=5, frameon=False, fontsize=11,
                 columnspacing=1.2, handletextpad=0.3)  # fmt: skip
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
