@@ -64,7 +64,7 @@ def main(run: Run) -> None:
         _fail(str(error), BAD_CONFIG)
     except (Interrupted, KeyboardInterrupt) as error:
         where = f"{error}; " if isinstance(error, Interrupted) else "interrupted; "
-        print(f"\n{where}go on with:\n  {_command()}", flush=True)
+        print(f"\n{where}go on{processes.everywhere()} with:\n  {_command()}", flush=True)
         if isinstance(error, Interrupted):
             sys.exit(INTERRUPTED)  # all processes have agreed
         processes.leave(INTERRUPTED)
@@ -232,12 +232,13 @@ def _module() -> list[str]:
 
 
 def _arguments() -> list[str]:
-    """The arguments without what sets an older run aside."""
+    """The arguments without what sets an older run aside or tells one process from another."""
     arguments = list(sys.argv[1:])
     while "--overwrite" in arguments:
         i = arguments.index("--overwrite")
         del arguments[i : i + (2 if arguments[i + 1 : i + 2] in (["true"], ["True"]) else 1)]
-    return [a for a in arguments if not a.startswith(("--overwrite=", "-overwrite"))]
+    left_out = ("overwrite", *processes.FLAGS)
+    return [a for a in arguments if a.lstrip("-").partition("=")[0] not in left_out]
 
 
 def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> None:

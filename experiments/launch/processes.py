@@ -23,6 +23,7 @@ from experiments.launch.configs import ConfigError
 # So that another process that fails for the same reason can say so before the first one, which
 # keeps them all together, is gone.
 _LAST_WORDS_SECONDS = 2.0
+FLAGS = ("coordinator_address", "num_processes", "process_id", "heartbeat_seconds")
 
 
 def define_flags(flags: Any, values: Any) -> None:
@@ -68,6 +69,17 @@ def check_same(config: ConfigDict, name: str, workdir: Any) -> None:
     if different:
         lines = "\n".join(f"  {line}" for line in different)
         raise ConfigError(f"this process differs from process 0 (there):\n{lines}")
+
+
+def everywhere() -> str:
+    """What to add to a command that all processes need.
+
+    >>> everywhere()
+    ''
+    """
+    import jax
+
+    return "" if jax.process_count() == 1 else ", on all processes,"
 
 
 def leave(code: int) -> NoReturn:
