@@ -63,6 +63,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     )
     config.optim = ConfigDict(
         {
+            "name": "adam",  # or sgd, without b1 and b2
             "generator_rate": 1e-3,
             "critic_rate": 1e-3,
             "schedule": "linear",  # to 0; or constant

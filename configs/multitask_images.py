@@ -50,7 +50,12 @@ def get_config(variant: str = "celeb_a") -> ConfigDict:
         }
     )
     config.optim = ConfigDict(
-        {"learning_rate": 1e-3, "warmup_fraction": 0.02, "weight_decay": 1e-4}
+        {
+            "name": "adamw",  # or sgd, with the same decay
+            "learning_rate": 1e-3,
+            "warmup_fraction": 0.02,
+            "weight_decay": 1e-4,
+        }
     )
     config.train = ConfigDict(
         {

@@ -175,7 +175,7 @@ def make_generate(generator: nn.Module, latent: int) -> Generate:
 def make_optimizer(
     optim: Any, player: str, steps: int, updates: int = 1
 ) -> optax.GradientTransformation:
-    """Adam; the rate stays, or falls on a line that reaches 0 after the last of the steps.
+    """Adam or SGD; the rate stays, or falls on a line that reaches 0 after the last of the steps.
 
     Args:
       optim: the config's group.
@@ -184,8 +184,10 @@ def make_optimizer(
       updates: of this player in each of them, all at one rate.
 
     Raises:
-      ValueError: for an unknown schedule.
+      ValueError: for an unknown name or schedule.
     """
+    if optim.name not in ("adam", "sgd"):
+        raise ValueError(f"optim.name must be adam or sgd, got {optim.name!r}")
     rate = optim[f"{player}_rate"]
     if optim.schedule not in ("linear", "constant"):
         raise ValueError(f"optim.schedule must be linear or constant, got {optim.schedule!r}")
@@ -194,6 +196,8 @@ def make_optimizer(
         return rate * (1 - count // updates / steps)
 
     schedule = falling if optim.schedule == "linear" else rate
+    if optim.name == "sgd":
+        return optax.sgd(schedule)
     return optax.adam(schedule, b1=optim.b1, b2=optim.b2)
 
 

@@ -9,14 +9,13 @@ page to read, `report.html`. Started again, an unfinished run goes on and a fini
 table. `--profile` writes a trace of those steps, for TensorBoard or Perfetto, to `profile/` in the
 folder of each training run. The flags of the last line make this one of several processes of one
 run; `experiments.launch.processes` says what is found out without them. Exit codes: 0 done,
-1 error, 2 bad config or flags, 75 interrupted and resumable.
+1 error, 2 bad config or flags, 75 interrupted, or broken off by the loss of another process, and
+resumable.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -25,15 +24,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from blogjax.train.distributed import is_first, on_first
-from experiments.launch import configs, processes
+from experiments.launch import configs, folder, processes
 from experiments.launch.configs import ConfigError
+from experiments.launch.folder import FolderError
 from experiments.launch.report import write_report
 from experiments.launch.result import Result, claims_of, print_claims, write_json
 
@@ -58,7 +58,7 @@ def main(run: Run) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         processes.check_same(config, name, workdir)
-        with _folder(workdir, values.overwrite), profile:
+        with folder.hold(workdir, values.overwrite), profile:
             _launch(run, config, name, workdir)
     except ConfigError as error:
         _fail(str(error), BAD_CONFIG)
@@ -87,21 +87,10 @@ def main(run: Run) -> None:
     except OSError as error:
         _fail(f"{error}; when that is mended, go on with:\n  {_command()}", ERROR)
     except Exception as error:
-        if _alone():
+        if processes.alone():
             raise
-        processes.tell_lost(error, _command())
-        processes.leave(ERROR)
+        processes.leave(INTERRUPTED if processes.tell_why(error, _command()) else ERROR)
     sys.exit(DONE)
-
-
-def _alone() -> bool:
-    import jax
-
-    return jax.process_count() == 1
-
-
-class FolderError(RuntimeError):
-    """The work folder cannot be used."""
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -153,6 +142,10 @@ def _parse(
         raise ConfigError(f"what is {' '.join(rest)}? Flags begin with --")
     if not values.workdir:
         raise ConfigError("--workdir=FOLDER is missing, for example --workdir=runs/a")
+    if "://" in values.workdir:
+        raise ConfigError(
+            f"--workdir must be a folder, got {values.workdir}; a bucket can be mounted"
+        )
     profile = contextlib.nullcontext() if window is None else profiling(*window)
     return config, name, pathlib.Path(values.workdir), values, profile
 
@@ -164,59 +157,6 @@ def _joined(argv: list[str]) -> list[str]:
         if joined[i] in ("--config", "-config"):
             joined[i : i + 2] = [f"{joined[i]}={joined[i + 1]}"]
     return joined
-
-
-@contextlib.contextmanager
-def _folder(workdir: pathlib.Path, overwrite: bool) -> Iterator[None]:
-    """Makes the folder, makes sure that it can be written to, and that nobody else is in it."""
-    with contextlib.ExitStack() as held:
-        on_first(lambda: _take(workdir, overwrite, held))
-        yield
-
-
-def _take(workdir: pathlib.Path, overwrite: bool, held: contextlib.ExitStack) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise FolderError(f"cannot use {workdir} as a folder: it is a file")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with _lock(workdir) as lock:
-            if overwrite and (workdir / "config.json").exists():
-                number = 1
-                while (aside := workdir.with_name(f"{workdir.name}.old{number}")).exists():
-                    number += 1
-                workdir.rename(aside)
-                print(f"the older run is now {aside}")
-                workdir.mkdir()
-                lock.enter_context(_lock(workdir))
-            probe = workdir / ".probe"
-            probe.write_bytes(bytes(2**20))
-            probe.unlink()
-            # With what was entered, until the run is over.
-            held.push(lock.pop_all())
-    except OSError as error:
-        raise FolderError(f"cannot write to {workdir}: {error}") from error
-
-
-@contextlib.contextmanager
-def _lock(folder: pathlib.Path) -> Iterator[contextlib.ExitStack]:
-    """Keeps other processes out of a folder; closes what is entered into the stack."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context((folder / ".lock").open("w"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FolderError(f"another process is running in {folder}") from error
-        yield stack
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-        if isinstance(record, dict):
-            return record
-    except ValueError:
-        pass
-    raise FolderError(f"{path} is damaged; delete it, or choose another --workdir")
 
 
 def _command() -> str:
@@ -249,7 +189,7 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
         """Whether there is something to go on with, and the result if there is one."""
         if stored.exists():
             _check_same_run(workdir, wanted)
-        return stored.exists(), _read(finished) if finished.exists() else None
+        return stored.exists(), folder.read_json(finished) if finished.exists() else None
 
     resumed, record = on_first(look)
     if record is not None:
@@ -287,7 +227,9 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
 
 
 def _check_same_run(workdir: pathlib.Path, wanted: dict[str, Any]) -> None:
-    different = configs.differences(_read(workdir / "config.json").get("config", {}), wanted)
+    different = configs.differences(
+        folder.read_json(workdir / "config.json").get("config", {}), wanted
+    )
     if different:
         lines = "\n".join(f"  {line}" for line in different)
         raise ConfigError(

@@ -52,7 +52,10 @@ def start(values: Any) -> None:
     try:
         distributed.start(found, heartbeat_seconds=values.heartbeat_seconds)
     except (RuntimeError, ValueError) as error:
-        raise ConnectionError(f"the processes did not find each other: {error}") from error
+        raise ConnectionError(
+            f"the processes did not find each other (asked for by {found.source}): {error}; "
+            "--num_processes=1 runs one on its own"
+        ) from error
     if found is not None and not distributed.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
 
@@ -71,15 +74,24 @@ def check_same(config: ConfigDict, name: str, workdir: Any) -> None:
         raise ConfigError(f"this process differs from process 0 (there):\n{lines}")
 
 
+def alone() -> bool:
+    """Whether this is the only process.
+
+    >>> alone()
+    True
+    """
+    import jax
+
+    return jax.process_count() == 1
+
+
 def everywhere() -> str:
     """What to add to a command that all processes need.
 
     >>> everywhere()
     ''
     """
-    import jax
-
-    return "" if jax.process_count() == 1 else ", on all processes,"
+    return "" if alone() else ", on all processes,"
 
 
 def leave(code: int) -> NoReturn:
@@ -88,9 +100,7 @@ def leave(code: int) -> NoReturn:
     At an orderly exit jax waits for all processes, which would be for minutes where one of them has
     failed and the others wait for it in the middle of a step.
     """
-    import jax
-
-    if code == 0 or jax.process_count() == 1:
+    if code == 0 or alone():
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -99,12 +109,22 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def tell_lost(error: BaseException, command: str) -> None:
-    """Says what an error inside a step of several processes most likely means."""
+def tell_why(error: BaseException, command: str) -> bool:
+    """Prints an error that nobody has foreseen, and what it may mean for one of several processes.
+
+    Returns:
+      Whether it is most likely the loss of another process, after which all can go on.
+    """
+    import jax
+
     traceback.print_exception(error)
-    print(
-        "\nerror: the step failed; where nothing above tells of this process, another one has "
-        f"ended. Start all of them again, and they go on from the last checkpoint:\n  {command}",
-        file=sys.stderr,
-        flush=True,
-    )
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+    if lost:
+        print(
+            "\nerror: the step failed; where nothing above tells of this process, another one "
+            "has ended. Start all of them again, and they go on from the last checkpoint:\n"
+            f"  {command}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return lost

@@ -67,6 +67,14 @@ def build(config: Any, data: Attributes) -> Plan:
     return Plan(mesh, encoder, head, task)
 
 
+def _make_optimizer(optim: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+    if optim.name == "adamw":
+        return optax.adamw(rate, weight_decay=optim.weight_decay)
+    if optim.name == "sgd":
+        return optax.chain(optax.add_decayed_weights(optim.weight_decay), optax.sgd(rate))
+    raise ValueError(f"optim.name must be adamw or sgd, got {optim.name!r}")
+
+
 def make_task(
     config: Any, data: Attributes, encoder: ResidualEncoder, head: nn.Dense, axis_name: str | None
 ) -> Task:
@@ -111,7 +119,7 @@ def make_task(
     return multitask_task(
         init,
         losses,
-        optax.adamw(rate, weight_decay=optim.weight_decay),
+        _make_optimizer(optim, rate),
         names=data.names,
         combiner=None if chosen.method == MEAN else chosen.method,
         mode=chosen.mode,

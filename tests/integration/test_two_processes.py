@@ -93,7 +93,8 @@ def test_where_one_is_killed_the_other_ends_and_both_go_on(tmp_path, environment
     pair[victim].send_signal(signal.SIGKILL)
     ended = finish(*pair)
     assert ended[victim][0] == -signal.SIGKILL
-    assert ended[1 - victim][0] not in (0, 75)
+    # By jax, which has missed the other's sign of life, or by itself, in the middle of a step.
+    assert ended[1 - victim][0] in (75, -signal.SIGABRT)
     assert not (folder / "result.json").exists()
     (code, out), (other, quiet) = finish(*start_pair(folder, environment, *flags, devices=1))
     assert (code, other) == (0, 0), out + quiet
@@ -121,8 +122,10 @@ def test_processes_of_two_configs_are_refused(tmp_path, environment):
     one, other = start_pair(tmp_path, environment, *SGD, devices=1)
     other.kill()
     command = [*other.args, "--config.optim.ema_decay=0.5"]  # type: ignore[misc]
-    other = subprocess.Popen(command, cwd=ROOT, env={**environment, "JAX_NUM_CPU_DEVICES": "1"},
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    other = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**environment, "JAX_NUM_CPU_DEVICES": "1"},
+    )  # fmt: skip
     (code, _), (refused, out) = finish(one, other)
     assert refused == 2 and code != 0
     assert "optim.ema_decay: 0.99 there, 0.5 asked for" in out

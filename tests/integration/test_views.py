@@ -1,0 +1,95 @@
+"""Whole runs under jit, pmap and shard_map: the same losses, stopped on the way or not."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from tiny_celeb_a import prepare
+
+import configs.ddpm
+import configs.gan
+import configs.multitask_images
+from blogjax.train.interrupt import Interrupted
+from blogjax.train.reporting import read_metrics
+from experiments import ddpm, gan, multitask_images
+
+pytestmark = pytest.mark.slow  # nine programs for eight devices
+
+CHANGES = {
+    "ddpm": {"optim.name": "sgd", "optim.learning_rate": 1e-3},
+    "gan": {"optim.name": "sgd", "optim.generator_rate": 1e-2, "optim.critic_rate": 1e-2},
+    "multitask_images": {"optim.name": "sgd", "optim.learning_rate": 1e-2, "data.batch_size": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """`small(name, view)` is the experiment and its smoke config."""
+    faces = prepare(tmp_path_factory.mktemp("tfds"))
+
+    def make(name, view):
+        module = {"ddpm": ddpm, "gan": gan, "multitask_images": multitask_images}[name]
+        config = getattr(configs, name).get_config("smoke")
+        config.update_from_flattened_dict(CHANGES[name] | {"mesh.view": view, "train.log_every": 1})
+        if name == "multitask_images":
+            config.data.dir = str(faces)
+        return module, config
+
+    return make
+
+
+def losses(folder):
+    """All that was written of all steps and evaluations, one row each."""
+    rows = []
+    for kind in ("train", "evaluate"):
+        found = read_metrics(folder / "metrics.jsonl", kind)
+        timing = ("step", "seconds", "examples_per_second")
+        names = sorted(n for n in found if n not in timing and not n.startswith("time"))
+        assert [n for n in names if "loss" in n]
+        rows += [np.asarray(found[n]).reshape(len(found["step"]), -1).ravel() for n in names]
+    return np.concatenate(rows)
+
+
+@pytest.fixture(scope="module")
+def under_jit(small, tmp_path_factory):
+    done = {}
+
+    def once(name):
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            module, config = small(name, "jit")
+            done[name] = (module.run(config, folder), losses(folder))
+        return done[name]
+
+    return once
+
+
+@pytest.mark.parametrize("view", ["pmap", "shard_map"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_is_the_same_under_every_view(small, under_jit, tmp_path, monkeypatch, name, view):
+    expected, numbers = under_jit(name)
+    module, config = small(name, view)
+    trained, asked = module.fit, []
+
+    def stopped_on_the_way(task, batches, *args, **kwargs):
+        class Stopping:
+            batch_size = batches.batch_size
+
+            def __call__(self, step):
+                if step == 2 and not asked:
+                    asked.append(step)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return batches(step)
+
+        return trained(task, Stopping(), *args, **kwargs)
+
+    monkeypatch.setattr(module, "fit", stopped_on_the_way)
+    with pytest.raises(Interrupted, match="at step [12]"):
+        module.run(config, tmp_path)
+    assert asked and len(list(tmp_path.glob("**/checkpoints/[0-9]*"))) >= 1
+    found = module.run(config, tmp_path)
+    assert len(numbers) > 10 and np.isfinite(numbers).all() and np.ptp(numbers) > 0
+    np.testing.assert_allclose(losses(tmp_path), numbers, rtol=1e-6, atol=1e-7)
+    for ours, theirs in zip(found.claims, expected.claims, strict=True):
+        np.testing.assert_allclose(ours.value, theirs.value, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,58 @@
+"""One of two processes: prints what it is told by the other. Arguments: address, index."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from blogjax.train import distributed
+
+
+class TwoPartsError(Exception):
+    """Does not survive pickling: made from two arguments, told by one."""
+
+    def __init__(self, left: str, right: str):
+        super().__init__(f"{left} {right}")
+
+
+def raised(error: Exception) -> list[str]:
+    def fail():
+        raise error
+
+    try:
+        distributed.on_first(fail)
+    except Exception as told:
+        return [type(told).__name__, str(told)]
+    return []
+
+
+def local(index: int):
+    if index == 1:
+        raise AssertionError("asked the second process")
+    return {"index": index, "text": "x" * 5000}
+
+
+def main(address: str, index: int) -> None:
+    distributed.start(distributed.detect(address, 2, index), heartbeat_seconds=20)
+    mesh = jax.make_mesh((4,), ("data",))
+    whole = np.arange(8, dtype=np.float32)
+    parts = jax.make_array_from_callback(
+        (8,), jax.NamedSharding(mesh, jax.P("data")), lambda i: whole[i]
+    )
+    told = {
+        "first": distributed.is_first(),
+        "value": distributed.on_first(lambda: local(index)),
+        "nothing": distributed.on_first(lambda: None),
+        "error": raised(ValueError("two sides")),
+        "told": raised(TwoPartsError("a", "b")),
+        "any": distributed.any_process(index == 1, False, index == 0),
+        "addressable": parts.is_fully_addressable,
+        "parts": distributed.fetch({"x": parts})["x"].tolist(),
+    }
+    distributed.barrier("end")
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
