@@ -53,8 +53,8 @@ def start(values: Any) -> None:
         distributed.start(found, heartbeat_seconds=values.heartbeat_seconds)
     except (RuntimeError, ValueError) as error:
         raise ConnectionError(
-            f"the processes did not find each other (asked for by {found.source}): {error}; "
-            "--num_processes=1 runs one on its own"
+            f"the processes did not find each other: {error}; they were looked for because of "
+            f"{found and found.source}, --num_processes=1 runs one on its own"
         ) from error
     if found is not None and not distributed.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process

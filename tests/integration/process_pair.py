@@ -43,10 +43,13 @@ def start_pair(folder: pathlib.Path, environment: dict[str, str], *flags: str, d
 def finish(*processes: subprocess.Popen) -> list[tuple[int, str]]:
     """Exit codes and what was printed; nothing is left running."""
     try:
-        return [(p.wait(240), p.communicate()[0]) for p in processes]
+        said = [p.communicate(timeout=300)[0] for p in processes]
+        return [(p.returncode, out) for p, out in zip(processes, said, strict=True)]
     finally:
         for p in processes:
-            p.kill()
+            if p.poll() is None:
+                p.kill()
+                p.communicate()
 
 
 def wait_for_checkpoint(folder: pathlib.Path, after: int, process: subprocess.Popen) -> int:

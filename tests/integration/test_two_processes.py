@@ -121,6 +121,7 @@ def test_what_cannot_be_run_ends_all_processes(tmp_path, environment):
 def test_processes_of_two_configs_are_refused(tmp_path, environment):
     one, other = start_pair(tmp_path, environment, *SGD, devices=1)
     other.kill()
+    other.communicate()
     command = [*other.args, "--config.optim.ema_decay=0.5"]  # type: ignore[misc]
     other = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

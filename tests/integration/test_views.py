@@ -85,7 +85,7 @@ def test_a_run_is_the_same_under_every_view(small, under_jit, tmp_path, monkeypa
         return trained(task, Stopping(), *args, **kwargs)
 
     monkeypatch.setattr(module, "fit", stopped_on_the_way)
-    with pytest.raises(Interrupted, match="at step [12]"):
+    with pytest.raises(Interrupted, match="at step"):
         module.run(config, tmp_path)
     assert asked and len(list(tmp_path.glob("**/checkpoints/[0-9]*"))) >= 1
     found = module.run(config, tmp_path)

@@ -27,7 +27,7 @@ def test_both_hear_what_the_first_one_says():
     ]  # fmt: skip
     outputs = [p.communicate(timeout=120) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], outputs
-    first, second = (json.loads(out) for out, _ in outputs)
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
     assert first.pop("first") and not second.pop("first")
     assert second == {
         "value": {"index": 0, "text": "x" * 5000},
