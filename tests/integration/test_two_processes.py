@@ -38,7 +38,7 @@ def alone(tmp_path_factory, environment):
 
 
 @pytest.mark.parametrize("fsdp", [1, 2])
-def test_the_losses_are_those_of_one_process(tmp_path, environment, alone, fsdp):
+def test_the_losses_are_those_of_one_process(tmp_path, environment, alone, fsdp, record_property):
     """Two processes of four devices against one of eight and one of one."""
     flags = (*SGD, f"--config.mesh.fsdp={fsdp}")
     (code, out), (other, quiet) = finish(
@@ -53,6 +53,12 @@ def test_the_losses_are_those_of_one_process(tmp_path, environment, alone, fsdp)
     assert len(found) == 8 and np.ptp(found) > 1
     np.testing.assert_allclose(found, losses(tmp_path / "one"), rtol=1e-6)
     np.testing.assert_allclose(found, alone["short"], rtol=1e-6)
+    for name, numbers in (
+        ("one process, one device", alone["short"]),
+        (f"one process, eight devices, fsdp={fsdp}", losses(tmp_path / "one")),
+        (f"two processes, four devices each, fsdp={fsdp}", found),
+    ):
+        record_property(f"losses of {name}", " ".join(f"{x:.7f}" for x in numbers))
     claims = [
         [claim["value"] for claim in json.loads((folder / "result.json").read_text())["claims"]]
         for folder in (tmp_path / "pair", tmp_path / "one")
