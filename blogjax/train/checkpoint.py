@@ -91,6 +91,34 @@ def _checksum(record: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
+def check_description(meta: dict[str, Any], step: int) -> dict[str, Any]:
+    """The description of a checkpoint as read from it, without its checksum.
+
+    Raises:
+      CheckpointError: if it is not what was written, or is that of another step.
+    """
+    record = {name: value for name, value in meta.items() if name != "checksum"}
+    if meta["checksum"] != _checksum(record) or record["step"] != step:
+        raise CheckpointError("its description was changed")
+    return record
+
+
+def check_content(recorded: Mapping[str, int], restored: Any) -> None:
+    """Compares what was read with the fingerprints taken when it was written.
+
+    Args:
+      recorded: fingerprint of each leaf by path; more of them do no harm.
+      restored: tree of arrays.
+
+    Raises:
+      CheckpointError: naming the leaves that differ.
+    """
+    changed = [path for path, now in fingerprints(restored).items() if recorded[path] != now]
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise CheckpointError(f"changed content in {', '.join(changed[:4])}{more}")
+
+
 def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], limit: int = 12) -> str:
     lines = []
     for path in sorted(saved.keys() | wanted.keys()):
@@ -262,7 +290,7 @@ class Checkpoints:
             except Exception as error:
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
-                reason = f"checkpoint {step} is damaged: {_damage(error)}"
+                reason = f"checkpoint {step} is damaged: {damage(error)}"
                 rejected.append((step, reason))
                 continue
             for bad, reason in rejected:
@@ -279,9 +307,7 @@ class Checkpoints:
     def _meta(self, step: int) -> dict[str, Any]:
         args = self._ocp.args
         meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta
-        if meta.pop("checksum") != _checksum(meta) or meta["step"] != step:
-            raise CheckpointError("its description was changed")
-        return meta
+        return check_description(meta, step)
 
     def _restore_one(self, step: int, abstract: Any) -> Any:
         args = self._ocp.args
@@ -299,11 +325,7 @@ class Checkpoints:
         restored = self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(abstract))
         ).state
-        now = fingerprints(restored)
-        changed = [path for path, value in meta["fingerprints"].items() if now[path] != value]
-        if changed:
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-            raise CheckpointError(f"changed content in {', '.join(changed[:4])}{more}")
+        check_content(meta["fingerprints"], restored)
         return restored
 
     def _move_aside(self, step: int) -> pathlib.Path:
@@ -325,7 +347,7 @@ class Checkpoints:
         return target
 
 
-def _damage(error: BaseException) -> str:
+def damage(error: BaseException) -> str:
     """What a reading error means, without the reader's own details."""
     if isinstance(error, CheckpointError):
         return str(error)
