@@ -94,7 +94,9 @@ def restore_partial(
         if source in placed:  # steps donate the state: no two of its leaves may be one buffer
             value = jnp.copy(value)
         placed.add(source)
-        wanted[path] = jax.device_put(value.astype(leaf.dtype), _sharding(leaf))
+        if value.dtype != leaf.dtype:
+            value = value.astype(leaf.dtype)
+        wanted[path] = jax.device_put(value, _sharding(leaf))
     return structure.unflatten(wanted.values()), report
 
 
@@ -262,7 +264,7 @@ def _sources(
 
 
 def _near(name: str, paths: Iterable[str]) -> str:
-    nodes = dict.fromkeys(node for path in paths for node in nodes(path))
-    near = difflib.get_close_matches(name, nodes, n=3)
-    top = sorted({node for node in nodes if "/" not in node})
+    known = list(dict.fromkeys(node for path in paths for node in nodes(path)))
+    near = difflib.get_close_matches(name, known, n=3)
+    top = sorted(node for node in known if "/" not in node)
     return f"; did you mean {', '.join(map(repr, near))}?" if near else f"; at its top are {top}"
