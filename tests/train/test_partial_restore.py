@@ -240,9 +240,11 @@ def test_only_what_is_read_is_checked_but_that_to_the_bit(own_run):
 
 
 def test_damage_is_told_and_nothing_is_moved(own_run):
-    (own_run / "3.orbax-checkpoint-tmp").mkdir()  # of a run that is still going on
+    unfinished = own_run / "3.orbax-checkpoint-tmp"  # of a run that is still going on
+    unfinished.mkdir()
     given = {"a": jnp.zeros((64, 128))}
-    restore_partial(own_run, given)
+    assert restore_partial(own_run, given)[1].step == 2
+    assert unfinished.is_dir()
     data = [p for p in (own_run / "2" / "state").rglob("*") if p.is_file()]
     largest = max(data, key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
