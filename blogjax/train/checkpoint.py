@@ -119,13 +119,29 @@ def check_content(recorded: Mapping[str, int], restored: Any) -> None:
         raise CheckpointError(f"changed content in {', '.join(changed[:4])}{more}")
 
 
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], limit: int = 12) -> str:
+def layout_differences(
+    saved: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    places: tuple[str, str] = ("checkpoint", "state"),
+    limit: int = 12,
+) -> str:
+    """A line for each leaf that is not alike on both sides; empty if all are.
+
+    Args:
+      saved: `{path: [shape, dtype]}`.
+      wanted: the same.
+      places: what the two sides are called.
+      limit: how many lines at most.
+
+    >>> print(layout_differences({"a": [[2], "int8"]}, {"a": [[3], "int8"]}))
+      a: int8[2] in the checkpoint, int8[3] in the state
+    """
     lines = []
     for path in sorted(saved.keys() | wanted.keys()):
         here, there = saved.get(path), wanted.get(path)
         if here != there:
             a, b = ("absent" if x is None else f"{x[1]}{x[0]}" for x in (here, there))
-            lines.append(f"  {path}: {a} in the checkpoint, {b} in the state")
+            lines.append(f"  {path}: {a} in the {places[0]}, {b} in the {places[1]}")
     more = [f"  and {len(lines) - limit} more"] if len(lines) > limit else []
     return "\n".join(lines[:limit] + more)
 
@@ -318,7 +334,7 @@ class Checkpoints:
             devices = ", or to another number of devices" if own else ""
             raise CheckpointMismatchError(
                 f"checkpoint {step} in {self.folder} does not fit the state:\n"
-                + _differences(meta["layout"], wanted)
+                + layout_differences(meta["layout"], wanted)
                 + f"\nit belongs to another model or optimiser{devices}; "
                 "use another folder for this one"
             )

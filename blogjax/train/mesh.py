@@ -87,6 +87,16 @@ def state_shardings(abstract: Any, mesh: Mesh, *, min_size: int = 2**12) -> Any:
     return map_kinds(lambda _: batch_sharding(mesh), choose, abstract)
 
 
+def sharding_of(leaf: Any) -> jax.sharding.Sharding:
+    """Where an array lies, or is to lie: on the first device where a leaf does not say it.
+
+    >>> sharding_of(jax.ShapeDtypeStruct((2,), "float32")) == sharding_of(np.ones(2))
+    True
+    """
+    given = getattr(leaf, "sharding", None)
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if given is None else given
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, process_count: int | None = None) -> None:
     """Refuses a global batch that the devices or the processes cannot share evenly.
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from blogjax.train.checkpoint import CheckpointError, check_content, check_description, damage
+from blogjax.train.mesh import sharding_of
 from blogjax.train.restore_report import Mismatch, RestoreReport, nodes
 from blogjax.train.task import leaf_paths
 
@@ -96,7 +97,7 @@ def restore_partial(
         placed.add(source)
         if value.dtype != leaf.dtype:
             value = value.astype(leaf.dtype)
-        wanted[path] = jax.device_put(value, _sharding(leaf))
+        wanted[path] = jax.device_put(value, sharding_of(leaf))
     return structure.unflatten(wanted.values()), report
 
 
@@ -150,7 +151,7 @@ class _Reader:
             for path, leaf in leaves.items():
                 shape, name = meta["layout"][path]
                 dtype = leaf.dtype if str(leaf.dtype) == name else jnp.dtype(name)
-                target = jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(leaf))
+                target = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(leaf))
                 targets[path] = target
                 how[path] = ocp.checkpoint_utils.construct_restore_args(target)
             restored = self._manager.restore(
@@ -225,11 +226,6 @@ def _compare(
 def _floating(dtype: Any) -> bool:
     # A key's dtype has a name that is no dtype's.
     return not str(dtype).startswith("key<") and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-    given = getattr(leaf, "sharding", None)
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if given is None else given
 
 
 def _matching(name: str, patterns: str | Sequence[str], paths: Iterable[str]) -> set[str]:

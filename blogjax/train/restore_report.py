@@ -82,7 +82,8 @@ def _grouped(paths: Collection[str] | Mapping[str, str], everything: Iterable[st
         whole = (n for n in nodes(path) if inside[n] == total[n] and places[n] != {None})
         node = next(n for n in whole if len(places[n]) == 1)
         (place,) = places[node]
-        count = f" ({total[node]} leaves)" if node != path else ""
+        leaves = "leaf" if total[node] == 1 else "leaves"
+        count = f" ({total[node]} {leaves})" if node != path else ""
         lines[_arrow(node, place or "the root") + count] = None
     return [*lines]
 

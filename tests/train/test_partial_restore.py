@@ -160,7 +160,7 @@ def test_the_longest_name_counts_and_the_root_is_empty(folder):
     nested = {"model": {"params": {"trunk": jnp.zeros((64, 128))}}}
     state, report = restore_partial(folder, nested, rename={"model": ""})
     np.testing.assert_array_equal(state["model"]["params"]["trunk"], TRUNK)
-    assert "  model <- the root (1 leaves)" in str(report)
+    assert "  model <- the root (1 leaf)" in str(report)
 
 
 def test_a_subtree_from_two_places_is_not_told_as_one(folder):

@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.slow  # two interpreters
-def test_both_hear_what_the_first_one_says():
+def test_both_hear_what_the_first_one_says(tmp_path):
     here = pathlib.Path(__file__).parent
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -19,7 +19,7 @@ def test_both_hear_what_the_first_one_says():
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     processes = [
         subprocess.Popen(
-            [sys.executable, here / "told_by_the_first.py", address, str(i)],
+            [sys.executable, here / "told_by_the_first.py", address, str(i), tmp_path / "x"],
             cwd=here.parents[1], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**environment, "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(here.parents[1])},
         )
@@ -29,6 +29,10 @@ def test_both_hear_what_the_first_one_says():
     assert [p.returncode for p in processes] == [0, 0], outputs
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
     assert first.pop("first") and not second.pop("first")
+    # Each reads its own parts of the one file that the first one wrote.
+    assert first.pop("own_parts") == [[0, 1], [2, 3]]
+    assert second.pop("own_parts") == [[4, 5], [6, 7]]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert second == {
         "value": {"index": 0, "text": "x" * 5000},
         "nothing": None,

@@ -1,4 +1,4 @@
-"""One of two processes: prints what it is told by the other. Arguments: address, index."""
+"""One of two processes: prints what it is told by the other. Arguments: address, index, file."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from blogjax.train import distributed
+from blogjax.train.export import export_safetensors, import_safetensors
 
 
 class TwoPartsError(Exception):
@@ -33,7 +34,15 @@ def local(index: int):
     return {"index": index, "text": "x" * 5000}
 
 
-def main(address: str, index: int) -> None:
+def exported(path: str, parts: jax.Array) -> list[list[float]]:
+    export_safetensors(path, {"x": parts})
+    like = {"x": jax.ShapeDtypeStruct(parts.shape, parts.dtype, sharding=parts.sharding)}
+    read = import_safetensors(path, like)["x"]
+    assert read.sharding == parts.sharding
+    return [shard.data.tolist() for shard in read.addressable_shards]
+
+
+def main(address: str, index: int, path: str) -> None:
     distributed.start(distributed.detect(address, 2, index), heartbeat_seconds=20)
     mesh = jax.make_mesh((4,), ("data",))
     whole = np.arange(8, dtype=np.float32)
@@ -49,10 +58,11 @@ def main(address: str, index: int) -> None:
         "any": distributed.any_process(index == 1, False, index == 0),
         "addressable": parts.is_fully_addressable,
         "parts": distributed.fetch({"x": parts})["x"].tolist(),
+        "own_parts": exported(path, parts),
     }
     distributed.barrier("end")
     print(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
