@@ -27,6 +27,7 @@ def test_both_hear_what_the_first_one_says(tmp_path):
     ]  # fmt: skip
     outputs = [p.communicate(timeout=120) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], outputs
+    # The last line: those before it are of the library that connects the two.
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
     assert first.pop("first") and not second.pop("first")
     # Each reads its own parts of the one file that the first one wrote.
