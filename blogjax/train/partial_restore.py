@@ -34,7 +34,7 @@ def restore_partial(
     r"""Takes from a checkpoint the leaves whose path, shape and dtype are those of `state`.
 
     The content of what is taken is checked against the checkpoint's fingerprints. Leaves that are
-    not taken are those of `state` itself, as they are.
+    not taken are those of `state` itself, as they are. Dtypes of 64 bits need `jax_enable_x64`.
 
     Args:
       folder: a run's working folder or its `checkpoints`; nothing in it is changed.
@@ -206,11 +206,14 @@ def _compare(
             missing[path] = source
             continue
         shape, dtype = layout[source]
+        # Read without 64 bits it would be cut to 32, and look damaged.
+        cut = not dtype.startswith("key<") and jax.dtypes.canonicalize_dtype(dtype) != dtype
         alike = dtype == str(leaf.dtype) or (cast and _floating(dtype) and _floating(leaf.dtype))
-        if list(leaf.shape) == shape and alike:
+        if list(leaf.shape) == shape and alike and not cut:
             taken[path] = source
         else:
-            mismatched[path] = Mismatch(source, f"{dtype}{shape}", f"{leaf.dtype}{[*leaf.shape]}")
+            saved = f"{dtype}{shape}{' (to read it: jax_enable_x64)' if cut else ''}"
+            mismatched[path] = Mismatch(source, saved, f"{leaf.dtype}{[*leaf.shape]}")
     used = {*taken.values(), *(x.source for x in mismatched.values())}
     return RestoreReport(
         folder=reader.folder,

@@ -187,6 +187,22 @@ def test_dtypes_are_cast_only_if_asked_and_only_among_floats(folder):
     assert state["half"].dtype == jnp.float32
 
 
+def test_float64_is_cast_where_it_can_be_read(tmp_path):
+    thirds = np.arange(3) / 3
+    with jax.enable_x64(True):
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(1, {"a": jnp.asarray(thirds), "b": jnp.ones(2, jnp.float32)})
+        checkpoints.close()
+    given = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
+    for a in (given["a"], np.zeros(3)):
+        _, report = restore_partial(tmp_path, {**given, "a": a}, cast=True)
+        assert [*report.taken] == ["b"]
+        assert "a: float64[3] (to read it: jax_enable_x64) in the checkpoint, " in str(report)
+    with jax.enable_x64(True):
+        state, _ = restore_partial(tmp_path, given, cast=True)
+    np.testing.assert_array_equal(state["a"], thirds.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
