@@ -1,4 +1,4 @@
-"""Two processes of one run of `ddpm:smoke`, as two hosts would start them."""
+"""Two processes of one run, as two hosts would start them."""
 
 import os
 import pathlib
@@ -22,20 +22,26 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(folder: pathlib.Path, environment: dict[str, str], *flags: str, devices: int):
+def start(
+    folder: pathlib.Path,
+    environment: dict[str, str],
+    *flags: str,
+    devices: int,
+    experiment: str = "ddpm",
+):
     """One process with so many devices."""
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.ddpm", f"--workdir={folder}", *flags],
+        [sys.executable, "-m", f"experiments.{experiment}", f"--workdir={folder}", *flags],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**environment, "JAX_NUM_CPU_DEVICES": str(devices)},
     )  # fmt: skip
 
 
-def start_pair(folder: pathlib.Path, environment: dict[str, str], *flags: str, devices: int):
+def start_pair(folder: pathlib.Path, environment: dict[str, str], *flags: str, **options):
     """Two processes with so many devices each."""
     together = (f"--coordinator_address=localhost:{free_port()}", "--num_processes=2")
     return [
-        start(folder, environment, *flags, *together, f"--process_id={i}", devices=devices)
+        start(folder, environment, *flags, *together, f"--process_id={i}", **options)
         for i in range(2)
     ]
 

@@ -8,11 +8,17 @@ import subprocess
 import numpy as np
 import pytest
 from process_pair import CLEAN, ROOT, SGD, finish, start, start_pair, wait_for_checkpoint
+from tiny_celeb_a import prepare
 
 from blogjax.train.reporting import read_metrics
 
 pytestmark = pytest.mark.slow
 
+VIEWED = {
+    "ddpm": ("optim.name=sgd", "optim.learning_rate=1e-3"),
+    "gan": ("optim.name=sgd", "optim.generator_rate=1e-2", "optim.critic_rate=1e-2"),
+    "multitask_images": ("optim.name=sgd", "optim.learning_rate=1e-2"),
+}
 LONG = (*SGD, "--config.train.steps=60", "--config.train.evaluate_every=30",
         "--config.train.save_seconds=0.2")  # fmt: skip
 
@@ -22,9 +28,10 @@ def environment(tmp_path_factory):
     return {**CLEAN, "BLOGJAX_CACHE": str(tmp_path_factory.mktemp("cache"))}
 
 
-def losses(folder: pathlib.Path) -> np.ndarray:
-    records = (read_metrics(folder / "metrics.jsonl", kind) for kind in ("train", "evaluate"))
-    return np.concatenate([r["loss"] for r in records])
+def losses(folder: pathlib.Path, name: str = "loss") -> np.ndarray:
+    """Of all steps, then of all evaluations."""
+    records = [read_metrics(folder / "metrics.jsonl", kind) for kind in ("train", "evaluate")]
+    return np.concatenate([r[n] for r in records for n in sorted(r) if name in n])
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +60,46 @@ def test_the_losses_are_those_of_one_process(tmp_path, environment, alone, fsdp,
     assert len(found) == 8 and np.ptp(found) > 1
     np.testing.assert_allclose(found, losses(tmp_path / "one"), rtol=1e-6)
     np.testing.assert_allclose(found, alone["short"], rtol=1e-6)
-    for name, numbers in (
-        ("one process, one device", alone["short"]),
-        (f"one process, eight devices, fsdp={fsdp}", losses(tmp_path / "one")),
-        (f"two processes, four devices each, fsdp={fsdp}", found),
+    for name, folder in (
+        (f"one process, eight devices, fsdp={fsdp}", tmp_path / "one"),
+        (f"two processes, four devices each, fsdp={fsdp}", tmp_path / "pair"),
     ):
+        numbers = read_metrics(folder / "metrics.jsonl", "train")["loss"]
         record_property(f"losses of {name}", " ".join(f"{x:.7f}" for x in numbers))
     claims = [
         [claim["value"] for claim in json.loads((folder / "result.json").read_text())["claims"]]
         for folder in (tmp_path / "pair", tmp_path / "one")
     ]
     np.testing.assert_allclose(*claims, rtol=1e-3)
+
+
+@pytest.mark.parametrize("experiment", VIEWED)
+def test_shard_map_over_two_processes(tmp_path, environment, experiment):
+    """Against one device under jit."""
+    flags = [f"--config=configs/{experiment}.py:smoke", "--config.train.log_every=1",
+             *(f"--config.{change}" for change in VIEWED[experiment])]  # fmt: skip
+    if experiment == "multitask_images":
+        flags.append(f"--config.data.dir={prepare(tmp_path / 'faces')}")
+    [(code, out)] = finish(
+        start(tmp_path / "one", environment, *flags, devices=1, experiment=experiment)
+    )
+    assert code == 0, out
+    (code, out), (other, quiet) = finish(
+        *start_pair(
+            tmp_path / "pair", environment, *flags, "--config.mesh.view=shard_map",
+            devices=1, experiment=experiment,
+        )
+    )  # fmt: skip
+    assert (code, other) == (0, 0), out + quiet
+    expected = losses(tmp_path / "one")
+    assert len(expected) >= 4 and np.isfinite(expected).all() and np.ptp(expected) > 0
+    np.testing.assert_allclose(losses(tmp_path / "pair"), expected, rtol=1e-6)
+
+
+def test_pmap_is_refused_and_says_what_to_take(tmp_path, environment):
+    pair = start_pair(tmp_path, environment, *SGD, "--config.mesh.view=pmap", devices=1)
+    for code, out in finish(*pair):
+        assert code == 2 and "'shard_map' is the same step on all of them" in out
 
 
 def test_one_is_asked_to_stop_and_both_save(tmp_path, environment, alone):
