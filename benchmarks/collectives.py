@@ -109,7 +109,7 @@ def _group(line: str, devices: int) -> int:
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
         return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line):
+    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S*)? ?\{(.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     return devices

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import pathlib
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -33,6 +35,12 @@ PRECISIONS = {
     "float32": ("float32", "float32"),
     "mixed": ("float32", "bfloat16"),
     "bfloat16": ("bfloat16", "bfloat16"),
+}
+# Machine code is not run; how good it is changes neither collectives nor buffers.
+OPTIONS: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_dump_hlo_as_text": True,
+    "xla_dump_hlo_pass_re": "spmd-partitioning",
 }
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 
@@ -163,14 +171,16 @@ class Read(NamedTuple):
       state: bytes on a device of the fields of the state, by their shapes and shardings.
       memory: of `describe_program`, in bytes per device.
       batch: bytes on a device of batch and key.
-      collectives: of a step.
+      partitioned: collectives of a step as the partitioner leaves them, in the dtypes of the task.
+      compiled: the same at the end of compilation; XLA's CPU compiler widens bfloat16 to float32.
       seconds: of tracing and compilation.
     """
 
     state: dict[str, int]
     memory: dict[str, float]
     batch: int
-    collectives: list[Collective]
+    partitioned: list[Collective]
+    compiled: list[Collective]
     seconds: float
 
 
@@ -191,7 +201,10 @@ def compile_step(
         for name, (shape, dtype) in network.shapes.items()
     }
     key = meshes.put_key(jax.random.key(0), mesh)
-    program = compiled.step.lower(compiled.abstract, batch, key).compile()
+    lowered = compiled.step.lower(compiled.abstract, batch, key)
+    with tempfile.TemporaryDirectory() as folder:
+        program = lowered.compile({**OPTIONS, "xla_dump_to": folder})
+        partitioned = next(pathlib.Path(folder).glob("*.after_spmd-partitioning.*.txt")).read_text()
     seconds = time.perf_counter() - began
     rows = network.batch // mesh.size
     return Read(
@@ -201,6 +214,7 @@ def compile_step(
             rows * math.prod(shape) * jnp.dtype(dtype).itemsize
             for shape, dtype in network.shapes.values()
         ),
-        collectives=collectives(program.as_text(), mesh.size),
+        partitioned=collectives(partitioned, mesh.size),
+        compiled=collectives(program.as_text(), mesh.size),
         seconds=round(seconds, 1),
     )
