@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.collectives import Collective, collectives
+from benchmarks.scaling_model import PRECISIONS, Layout, Shape
 from blogjax.diffusion.schedules import linear_beta_schedule
 from blogjax.models.unet import UNet
 from blogjax.optim.lion import lion
@@ -30,12 +31,6 @@ from blogjax.train.task import Task
 from configs.ddpm import get_config
 from experiments.diffusion.model import make_apply, make_init
 
-# Those of parameters and of the arithmetic.
-PRECISIONS = {
-    "float32": ("float32", "float32"),
-    "mixed": ("float32", "bfloat16"),
-    "bfloat16": ("bfloat16", "bfloat16"),
-}
 # Machine code is not run; how good it is changes neither collectives nor buffers.
 OPTIONS: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
@@ -140,11 +135,11 @@ def _stack(width: int, blocks: int, batch: int, name: str) -> Network:
 
 FULL = {
     "ddpm": _cifar10(128, 128, "DDPM of `configs/ddpm.py:cifar10`"),
-    "stack": _stack(2048, 30, 4096, "30 Dense blocks of width 2048, hidden 8192"),
+    "stack": _stack(2048, 30, 16384, "30 Dense blocks of width 2048, hidden 8192"),
 }
 SMALL = {
     "ddpm": _cifar10(32, 64, "the same with 32 channels"),
-    "stack": _stack(256, 4, 512, "4 Dense blocks of width 256, hidden 1024"),
+    "stack": _stack(256, 4, 2048, "4 Dense blocks of width 256, hidden 1024"),
 }
 
 
@@ -157,9 +152,9 @@ def make_optimizer(name: str) -> Any:
     )
 
 
-def parameter_shapes(network: Network, precision: str = "float32") -> list[tuple[int, ...]]:
+def parameter_shapes(network: Network) -> list[Shape]:
     """Shapes of the parameters, one per leaf."""
-    task = network.task(optax.identity(), precision, None, True)
+    task = network.task(optax.identity(), "float32", None, True)
     state = jax.eval_shape(task.init, jax.random.key(0))
     return [x.shape for x in jax.tree.leaves(state.params)]
 
@@ -184,15 +179,11 @@ class Read(NamedTuple):
     seconds: float
 
 
-def compile_step(
-    network: Network, precision: str, optimizer: str, data: int, fsdp: int
-) -> Read:
-    """Compiles one step for `data x fsdp` of the devices at hand."""
+def compile_step(network: Network, precision: str, optimizer: str, layout: Layout) -> Read:
+    """Compiles one step for the first of the devices at hand."""
     votes = optimizer == "vote"
-    task = network.task(
-        make_optimizer(optimizer), precision, AXIS if votes else None, not votes
-    )
-    mesh = meshes.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+    task = network.task(make_optimizer(optimizer), precision, AXIS if votes else None, not votes)
+    mesh = meshes.make_mesh(*layout, devices=jax.devices()[: layout.devices])
     began = time.perf_counter()
     compiled = compile_task(task, mesh, "shard_map" if votes else "jit")
     split = meshes.batch_sharding(mesh)
@@ -210,7 +201,8 @@ def compile_step(
     return Read(
         state={n: s.bytes_per_device for n, s in sizes(compiled.abstract).items()},
         memory=describe_program(program),
-        batch=8 + sum(
+        batch=8
+        + sum(
             rows * math.prod(shape) * jnp.dtype(dtype).itemsize
             for shape, dtype in network.shapes.values()
         ),
