@@ -86,6 +86,7 @@ class Network:
 
     @property
     def is_ddpm(self) -> bool:
+        """Whether it is the U-Net, not the stack."""
         return "channels" in self.fields
 
     @property
