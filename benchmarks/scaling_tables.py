@@ -29,7 +29,7 @@ def document(text: str, record: Mapping[str, Any]) -> str:
 
 def memory_table(predicted: Mapping[str, Any]) -> str:
     """Parameters, gradients, moments and average together, on a device."""
-    layouts = {"64 x 1": "data-parallel", "8 x 8": "8 x 8", "1 x 8": "1 x 8", "1 x 64": "1 x 64"}
+    layouts = {"64 x 1": "data-parallel", "8 x 8": "fsdp of 8", "1 x 64": "fsdp of 64"}
     rows = []
     for precision in ("float32", "bfloat16"):
         for optimizer in ("adamw", "lion"):
