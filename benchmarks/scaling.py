@@ -56,6 +56,7 @@ CASES = [
     Case("stack", "small", "mixed", "lion", Layout(8, 1)),
     Case("stack", "small", "mixed", "adamw", Layout(1, 8)),
     Case("stack", "small", "bfloat16", "lion", Layout(1, 8)),
+    Case("stack", "small", "float32", "lion", Layout(1, 8), 1 / 32),
     Case("stack", "small", "float32", "vote", Layout(8, 1)),
     Case("stack", "full", "float32", "adamw", Layout(8, 1)),
     Case("stack", "full", "float32", "adamw", Layout(8, 1), 0.5),

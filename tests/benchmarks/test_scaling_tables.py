@@ -8,7 +8,7 @@ from benchmarks.collectives import sent_by_kind
 from benchmarks.scaling_model import Layout, entries, is_split, memory, traffic
 
 # By hand: 2 x 64 of a norm, 64 x 256 + 256, 256 x 64 + 64; S = 32768 are split, U = 448 are not.
-TINY = scaling_programs.Network("tiny", {"width": 64, "hidden": 256, "blocks": 1}, 64, None)
+TINY = scaling_programs.Network("tiny", {"width": 64, "hidden": 256, "blocks": 1}, 2048, None)
 SHAPES = [(64, 256), (256, 64), (64,), (64,), (256,), (64,)]
 RECORD = scaling.RESULTS / "scaling.json"
 
@@ -65,8 +65,8 @@ def test_a_compiled_step_sends_and_holds_what_is_predicted():
     assert sent.keys() == {"all-gather", "all-reduce"}
     assert 0 <= step.memory["aliased"] - 2 * 34560 < 64
     assert step.state["params"] == 34560
-    # float32 of x and y, row and weight of 8 examples, and a key of 8 bytes.
-    assert step.batch == 8 * (64 * 4 * 2 + 4 + 4) + 8
+    # float32 of x and y, row and weight of 256 examples, and a key of 8 bytes.
+    assert step.batch == 256 * (64 * 4 * 2 + 4 + 4) + 8
 
 
 @pytest.mark.slow
