@@ -40,6 +40,7 @@ bench: $(TEST) .venv-bench/.installed
 	$(PYTHON) -m benchmarks.loop_overhead
 	$(PYTHON) -m benchmarks.cifar10_program
 	$(PYTHON) -m benchmarks.majority_vote
+	$(PYTHON) -m benchmarks.scaling
 	.venv-bench/bin/python -m benchmarks.lion_update
 	.venv-bench/bin/python -m benchmarks.gradient_ops
 	.venv-bench/bin/python -m benchmarks.multitask

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 OPTIMIZERS = {"adamw": "AdamW", "lion": "Lion", "vote": "majority vote"}
-DTYPES = {"float32": "float32", "mixed": "bfloat16 of float32", "bfloat16": "bfloat16"}
+DTYPES = {"float32": "float32", "mixed": "bfloat16, parameters float32", "bfloat16": "bfloat16"}
 NAMES = ["network", "parameters", "dtype", "optimiser", "data x fsdp", "batch"]
 
 
@@ -71,7 +71,7 @@ def sent_checks(record: Mapping[str, Any]) -> str:
             for name, kind in sorted(entry["compiled"].items(), key=lambda x: -x[1]["sent"])
         )
         rows.append([*_names(entry), si(expected), si(split), off(split, expected), si(end), kinds])
-    header = [*NAMES, "predicted", "partitioned", "off by", "at the end", "collectives at the end"]  # fmt: skip
+    header = [*NAMES, "predicted", "partitioned", "off by", "at the end", "collectives, at the end"]
     return _table(header, rows)
 
 
@@ -81,13 +81,11 @@ def memory_checks(record: Mapping[str, Any]) -> str:
     for entry in record["read"]:
         of, read = entry["predicted"]["memory"], entry["memory"]
         expected = of["parameters"] + of["moments"] + of["average"]
-        rows.append([
-            *_names(entry), si(expected), si(read["aliased"]),
-            off(read["aliased"], expected), si(of["gradients"]), si(read["temporaries"]),
-            si(read["peak"]),
-        ])  # fmt: skip
-    header = [*NAMES, "state predicted", "state read", "off by", "gradients predicted", "temporaries read",
-              "peak read"]  # fmt: skip
+        state = [si(expected), si(read["aliased"]), off(read["aliased"], expected)]
+        rest = [si(size) for size in (of["gradients"], read["temporaries"], read["peak"])]
+        rows.append([*_names(entry), *state, *rest])
+    found = ["state predicted", "state read", "off by", "gradients predicted"]
+    header = [*NAMES, *found, "temporaries read", "peak read"]
     return _table(header, rows)
 
 
