@@ -56,7 +56,7 @@ def collectives(hlo: str, devices: int, *, branch: int = 0) -> list[Collective]:
         is one in a loop of which XLA does not tell how often it turns.
 
     >>> text = '''ENTRY %main () -> f32[] {
-    ...   %sum = f32[6]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+    ...   %sum = f32[6]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}
     ... }'''
     >>> collectives(text, 4)
     [Collective(kind='all-reduce', bytes=24, group=2, times=1)]

@@ -10,7 +10,7 @@ Sent on a ring: 2 (n - 1) / n P b by the all-reduce of data-parallel training; w
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,8 @@ def is_split(shapes: Sequence[Shape], fsdp: int) -> list[bool]:
     [True, False, True]
     """
     leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    placed = state_shardings(leaves, AbstractMesh((1, fsdp), AXES))
+    mesh: Any = AbstractMesh((1, fsdp), AXES)
+    placed = state_shardings(leaves, mesh)
     return [not sharding.is_fully_replicated for sharding in placed]
 
 
