@@ -1,17 +1,19 @@
 """The training steps that docs/scaling.md speaks of, compiled for shapes alone; nothing is run."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.collectives import Collective, collectives
 from benchmarks.scaling_model import PRECISIONS, Layout, Shape
@@ -160,6 +162,19 @@ def parameter_shapes(network: Network) -> list[Shape]:
     return [x.shape for x in jax.tree.leaves(state.params)]
 
 
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """A program from the compilation cache would leave no dump."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or what was found out at the first use would stay
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 class Read(NamedTuple):
     """What XLA says of a compiled step.
 
@@ -194,7 +209,7 @@ def compile_step(network: Network, precision: str, optimizer: str, layout: Layou
     }
     key = meshes.put_key(jax.random.key(0), mesh)
     lowered = compiled.step.lower(compiled.abstract, batch, key)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_cache():
         program = lowered.compile({**OPTIONS, "xla_dump_to": folder})
         partitioned = next(pathlib.Path(folder).glob("*.after_spmd-partitioning.*.txt")).read_text()
     seconds = time.perf_counter() - began

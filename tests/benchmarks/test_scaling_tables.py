@@ -114,7 +114,7 @@ def test_the_record_is_of_these_formulas(name):
 
 
 def test_the_record_agrees_with_the_formulas():
-    """Sent bytes within 3%, the state within 0.02%; with 8 examples a device XLA does otherwise."""
+    """Sent bytes within 5%, the state within 0.02%; with 8 examples a device XLA does otherwise."""
     for entry in json.loads(RECORD.read_text())["read"]:
         of = entry["predicted"]
         state = of["memory"]["parameters"] + of["memory"]["moments"] + of["memory"]["average"]
@@ -123,7 +123,7 @@ def test_the_record_agrees_with_the_formulas():
         if entry["case"]["batch"] < 0.5:
             assert sent < 0.9 * sum(of["sent"].values())
         else:
-            assert sent == pytest.approx(sum(of["sent"].values()), rel=0.03)
+            assert sent == pytest.approx(sum(of["sent"].values()), rel=0.05)
 
 
 def test_tables():
