@@ -181,7 +181,6 @@ class Read(NamedTuple):
     Attributes:
       state: bytes on a device of the fields of the state, by their shapes and shardings.
       memory: of `describe_program`, in bytes per device.
-      batch: bytes on a device of batch and key.
       partitioned: collectives of a step as the partitioner leaves them, in the dtypes of the task.
       compiled: the same at the end of compilation; XLA's CPU compiler widens bfloat16 to float32.
       seconds: of tracing and compilation.
@@ -189,7 +188,6 @@ class Read(NamedTuple):
 
     state: dict[str, int]
     memory: dict[str, float]
-    batch: int
     partitioned: list[Collective]
     compiled: list[Collective]
     seconds: float
@@ -213,15 +211,9 @@ def compile_step(network: Network, precision: str, optimizer: str, layout: Layou
         program = lowered.compile({**OPTIONS, "xla_dump_to": folder})
         partitioned = next(pathlib.Path(folder).glob("*.after_spmd-partitioning.*.txt")).read_text()
     seconds = time.perf_counter() - began
-    rows = network.batch // mesh.size
     return Read(
         state={n: s.bytes_per_device for n, s in sizes(compiled.abstract).items()},
         memory=describe_program(program),
-        batch=8
-        + sum(
-            rows * math.prod(shape) * jnp.dtype(dtype).itemsize
-            for shape, dtype in network.shapes.values()
-        ),
         partitioned=collectives(partitioned, mesh.size),
         compiled=collectives(program.as_text(), mesh.size),
         seconds=round(seconds, 1),
