@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from blogjax.core.per_device import holds_per_device
+from blogjax.train.distributed import any_process, on_first
 from blogjax.train.task import leaf_paths
 
 
@@ -301,13 +302,8 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 state = self._restore_one(step, abstract)
-            except (CheckpointMismatchError, MemoryError, PermissionError):
-                raise  # no fault of the checkpoint's
-            except Exception as error:
-                if "RESOURCE_EXHAUSTED" in str(error):
-                    raise
-                reason = f"checkpoint {step} is damaged: {damage(error)}"
-                rejected.append((step, reason))
+            except CheckpointError as error:
+                rejected.append((step, f"checkpoint {step} is damaged: {error}"))
                 continue
             for bad, reason in rejected:
                 self._warn(f"{reason}; moved to {self._move_aside(bad)}, using {step} instead")
@@ -321,12 +317,39 @@ class Checkpoints:
         return None
 
     def _meta(self, step: int) -> dict[str, Any]:
-        args = self._ocp.args
-        meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta
+        meta = self._ocp.JsonCheckpointHandler().restore(self._item(step, "meta"))
         return check_description(meta, step)
 
+    def _item(self, step: int, name: str) -> Any:
+        from etils import epath
+
+        return epath.Path(self.folder) / str(step) / name
+
     def _restore_one(self, step: int, abstract: Any) -> Any:
-        args = self._ocp.args
+        """Raises `CheckpointError`, on all processes, where any of them finds damage."""
+        meta, state = None, None
+        try:
+            meta, state = self._read(step, abstract)
+            found = None
+        except (CheckpointMismatchError, MemoryError, PermissionError):
+            raise  # no fault of the checkpoint's
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            found = damage(error)
+        (anywhere,) = any_process(found is not None)
+        if anywhere:
+            raise CheckpointError(found or "another process cannot read its part of it")
+        assert meta is not None
+        check_content(meta["fingerprints"], state)
+        return state
+
+    def _read(self, step: int, abstract: Any) -> tuple[dict[str, Any], Any]:
+        """What this process can say of a checkpoint; in here none waits for another.
+
+        Orbax's manager would: where one process cannot read its part, the others would wait for it
+        until their patience is over.
+        """
         meta = self._meta(step)
         wanted = _layout(abstract)
         if meta["layout"] != wanted:
@@ -338,27 +361,26 @@ class Checkpoints:
                 + f"\nit belongs to another model or optimiser{devices}; "
                 "use another folder for this one"
             )
-        restored = self._manager.restore(
-            step, args=args.Composite(state=args.StandardRestore(abstract))
-        ).state
-        check_content(meta["fingerprints"], restored)
-        return restored
+        handler = self._ocp.StandardCheckpointHandler()
+        return meta, handler.restore(
+            self._item(step, "state"), args=self._ocp.args.StandardRestore(abstract)
+        )
 
     def _move_aside(self, step: int) -> pathlib.Path:
         """Out of the way, so that the step can be saved again; nothing is deleted."""
         self._values.pop(step, None)
-        target = self.folder.parent / "damaged_checkpoints" / str(step)
-        number = 1
-        while target.exists():
-            number += 1
-            target = target.with_name(f"{step}.{number}")
-        if jax.process_index() == 0:
+
+        def move() -> pathlib.Path:
+            target = self.folder.parent / "damaged_checkpoints" / str(step)
+            number = 1
+            while target.exists():
+                number += 1
+                target = target.with_name(f"{step}.{number}")
             target.parent.mkdir(exist_ok=True)
             shutil.move(self.folder / str(step), target)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+            return target
 
-            multihost_utils.sync_global_devices("blogjax_checkpoint_moved_aside")
+        target = on_first(move)
         self._manager.reload()
         return target
 

@@ -4,10 +4,20 @@ import json
 import pathlib
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
-from process_pair import CLEAN, ROOT, SGD, finish, start, start_pair, wait_for_checkpoint
+from process_pair import (
+    CLEAN,
+    ROOT,
+    SGD,
+    finish,
+    free_port,
+    start,
+    start_pair,
+    wait_for_checkpoint,
+)
 from tiny_celeb_a import prepare
 
 from blogjax.train.reporting import read_metrics
@@ -148,6 +158,28 @@ def test_where_one_is_killed_the_other_ends_and_both_go_on(tmp_path, environment
     assert "is finished" in again[0][1]
 
 
+def test_damage_that_one_process_finds_is_told_to_both(tmp_path, environment, alone):
+    """Parameters are split: the second process alone reads what it has written itself."""
+    folder, flags = tmp_path / "run", (*LONG, "--config.mesh.fsdp=2")
+    pair = start_pair(folder, environment, *flags, devices=1)
+    first = wait_for_checkpoint(folder, 1, pair[0])
+    wait_for_checkpoint(folder, first, pair[0])
+    pair[0].send_signal(signal.SIGTERM)
+    assert [code for code, _ in finish(*pair)] == [75, 75]
+    newest = max((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    own = [p for p in newest.rglob("*") if p.is_file() and "ocdbt.process_1" in str(p)]
+    largest = max(own, key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    (code, out), (other, quiet) = finish(*start_pair(folder, environment, *flags, devices=1))
+    assert (code, other) == (0, 0), out + quiet
+    assert f"checkpoint {newest.name} is damaged" in out
+    assert 0 < int(out.partition("resuming at ")[2].split()[0]) < int(newest.name)
+    assert (folder / "damaged_checkpoints" / newest.name).is_dir()
+    np.testing.assert_allclose(losses(folder), alone["long"], rtol=1e-5)
+
+
 def test_what_cannot_be_run_ends_all_processes(tmp_path, environment):
     (tmp_path / "file").write_text("")
     for code, out in finish(*start_pair(tmp_path / "file", environment, *SGD, devices=1)):
@@ -158,6 +190,39 @@ def test_what_cannot_be_run_ends_all_processes(tmp_path, environment):
         assert code == 2
         assert "fsdp=5 needs" in out
     assert not (tmp_path / "bad" / "config.json").exists()
+
+
+HOLD = """
+import pathlib, sys
+from blogjax.train import distributed
+from experiments.launch import folder
+distributed.start(distributed.detect(sys.argv[1], 2, int(sys.argv[2])))
+folder._SHARED_SECONDS = 1.0
+try:
+    with folder.hold(pathlib.Path(sys.argv[3]), False):
+        print("held")
+except folder.FolderError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_all_must_see_one_folder(tmp_path, environment, shared):
+    address = f"localhost:{free_port()}"
+    folders = (tmp_path / "a", tmp_path / ("a" if shared else "b"))
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, address, str(i), folder], cwd=ROOT, text=True,
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i, folder in enumerate(folders)
+    ]  # fmt: skip
+    for i, (code, out) in enumerate(finish(*pair)):
+        assert code == 0, out
+        who = ("another process does", "this process does")[i]
+        last = "held" if shared else f"refused: {who} not see what process 0 writes to {folders[i]}"
+        assert out.splitlines()[-1].startswith(last)
+    assert not list(tmp_path.glob("*/.shared-*"))
 
 
 def test_processes_of_two_configs_are_refused(tmp_path, environment):
