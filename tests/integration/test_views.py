@@ -72,22 +72,29 @@ def test_a_run_is_the_same_under_every_view(small, under_jit, tmp_path, monkeypa
     module, config = small(name, view)
     trained, asked = module.fit, []
 
-    def stopped_on_the_way(task, batches, *args, **kwargs):
-        class Stopping:
-            batch_size = batches.batch_size
+    class Stopping:
+        """Evaluation batches during the first of which a signal arrives."""
 
-            def __call__(self, step):
-                if step == 2 and not asked:
-                    asked.append(step)
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return batches(step)
+        def __init__(self, batches):
+            self.batches, self.batch_size = batches, batches.batch_size
 
-        return trained(task, Stopping(), *args, **kwargs)
+        def __len__(self):
+            return len(self.batches)
 
-    monkeypatch.setattr(module, "fit", stopped_on_the_way)
-    with pytest.raises(Interrupted, match="at step"):
-        module.run(config, tmp_path)
-    assert asked and len(list(tmp_path.glob("**/checkpoints/[0-9]*"))) >= 1
+        def __call__(self, index):
+            if not asked:  # a second one would end all
+                asked.append(index)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.batches(index)
+
+    def stopped_on_the_way(*args, evaluation, **kwargs):
+        return trained(*args, evaluation=Stopping(evaluation), **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit", stopped_on_the_way)
+        with pytest.raises(Interrupted, match="at step"):
+            module.run(config, tmp_path)
+    assert len(list(tmp_path.glob("**/checkpoints/[0-9]*"))) == 1
     found = module.run(config, tmp_path)
     assert len(numbers) > 10 and np.isfinite(numbers).all() and np.ptp(numbers) > 0
     np.testing.assert_allclose(losses(tmp_path), numbers, rtol=1e-6, atol=1e-7)
