@@ -310,7 +310,7 @@ POSTS = (
     ),
 )
 
-NEXT = ("runs over several processes and machines, and what they survive",)
+NEXT = ("posts on language models, architectures and generative models",)
 
 
 def find(slug: str) -> Post:
