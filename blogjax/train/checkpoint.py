@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from blogjax.core.per_device import holds_per_device
 from blogjax.train.distributed import any_process, on_first
+from blogjax.train.orbax_logs import leave_out_failed_writes
 from blogjax.train.task import leaf_paths
 
 
@@ -72,7 +73,6 @@ def leaf_fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
 def fingerprints(state: Any) -> dict[str, int]:
     """Content fingerprint of each leaf, by path; equal on any mesh.
 
-    >>> import jax.numpy as jnp
     >>> a, b = (fingerprints({"w": jnp.array([1.0, x])})["w"] for x in (2.0, 2.0000002))
     >>> a == b
     False
@@ -175,6 +175,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
+        leave_out_failed_writes()
         self._ocp: Any = ocp
         self._warn = warn
         self.best = best
@@ -327,10 +328,9 @@ class Checkpoints:
 
     def _restore_one(self, step: int, abstract: Any) -> Any:
         """Raises `CheckpointError`, on all processes, where any of them finds damage."""
-        meta, state = None, None
+        meta = state = found = None
         try:
             meta, state = self._read(step, abstract)
-            found = None
         except (CheckpointMismatchError, MemoryError, PermissionError):
             raise  # no fault of the checkpoint's
         except Exception as error:

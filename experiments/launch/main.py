@@ -47,6 +47,7 @@ def main(run: Run) -> None:
     from blogjax.train.checkpoint import CheckpointError, CheckpointMismatchError
     from blogjax.train.interrupt import Interrupted
     from blogjax.train.loop import NonfiniteError
+    from blogjax.train.orbax_logs import leave_out_closed_loops
 
     try:
         config, name, workdir, values, profile = _parse(sys.argv)
@@ -56,6 +57,7 @@ def main(run: Run) -> None:
     except ConnectionError as error:
         _fail(str(error), ERROR)
     signal.signal(signal.SIGTERM, _interrupt)
+    leave_out_closed_loops()
     try:
         processes.check_same(config, name, workdir)
         with folder.hold(workdir, values.overwrite), profile:

@@ -13,7 +13,8 @@ FLAGS = ("--config=configs/ddpm.py:smoke", "--config.train.steps=120",
 
 
 def newest(folder: pathlib.Path) -> pathlib.Path:
-    return max((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    finished = [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+    return max(finished, key=lambda p: int(p.name))
 
 
 def test_a_run_whose_disk_is_full_says_so_and_goes_on(tmp_path, record_property):
@@ -28,7 +29,8 @@ def test_a_run_whose_disk_is_full_says_so_and_goes_on(tmp_path, record_property)
     resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
     [(code, out)] = finish(running)
     assert code == 1, out
-    assert "Traceback" not in out and "could not write" in out, out
+    # Orbax and TensorStore would print thousands of lines.
+    assert "Traceback" not in out and "error: could not write" in out, out
     intact = int(newest(full).name)
     assert intact >= reached and f"{intact}]" in out.partition("intact: [")[2].partition(";")[0]
 
