@@ -29,9 +29,9 @@ def programs(tmp_path):
     return put
 
 
-def sbatch(environment, *arguments, **variables):
+def sbatch(environment, *arguments, cwd=ROOT, **variables):
     return subprocess.run(
-        ["bash", LAUNCH / "slurm.sbatch", *arguments], cwd=ROOT, capture_output=True, text=True,
+        ["bash", LAUNCH / "slurm.sbatch", *arguments], cwd=cwd, capture_output=True, text=True,
         env={**environment, "SLURM_JOB_ID": "7", **variables},
     )  # fmt: skip
 
@@ -52,6 +52,38 @@ def test_what_slurm_queues_again(programs, tmp_path, code, restarts, queued):
 def test_a_job_that_cannot_be_queued_again_fails(programs):
     programs("scontrol", "exit 1")
     assert sbatch(programs("srun", "exit 75"), "experiments.ddpm").returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("task", "ended", "queued"),
+    [(0, 0, False), (1, 143, False), (2, 137, False), (75, 143, True), (134, 137, True)],
+)
+def test_srun_gives_the_signal_that_it_has_ended_the_others_with(
+    programs, tmp_path, task, ended, queued
+):
+    """As srun does it with --kill-on-bad-exit; an error of one task is an error nevertheless."""
+    programs("scontrol", f"touch {tmp_path}/queued")
+    programs("python", f'echo "$SRUN_CPUS_PER_TASK" "$@"; exit {task}')
+    environment = programs("srun", f'shift\n"$@"\nexit {ended}')
+    variables = {"PYTHON": "python", "SLURM_CPUS_PER_TASK": "6"}
+    done = sbatch(environment, "experiments.ddpm", "--a=b c", cwd=tmp_path, **variables)
+    assert done.stdout.splitlines()[0] == "6 -m experiments.ddpm --a=b c"
+    assert done.returncode == (0 if queued else task)
+    assert (tmp_path / "queued").exists() == queued
+    assert not list(tmp_path.glob("*.errors"))
+
+
+def test_a_slurm_task_stays_until_its_program_has_saved(programs, tmp_path):
+    """SLURM signals all processes of a step, the shell between srun and python too."""
+    programs("scontrol", "true")
+    programs("python", f"touch {tmp_path}/began; sleep 0.5; exit 75")
+    environment = programs(
+        "srun",
+        f'shift\n"$@" & pid=$!\nuntil [ -e {tmp_path}/began ]; do sleep 0.05; done\n'
+        "kill -TERM $pid\nwait $pid",
+    )
+    done = sbatch(environment, "experiments.ddpm", cwd=tmp_path, PYTHON="python")
+    assert "exit code 75: the job is queued again" in done.stdout
 
 
 @pytest.mark.slow  # two processes train
@@ -159,6 +191,12 @@ def test_what_gcloud_is_asked_to_run_on_all_hosts(programs, tmp_path):
     assert (tmp_path / "installed").read_text().split() == [
         "install", "-q", "-c", "requirements.txt", ".[train,tpu]"
     ]  # fmt: skip
+    pip.chmod(0o644)  # an environment half made: it is made anew, by a Python that is new enough
+    old = programs("old", 'case "$2" in *version_info*) echo too old >&2; exit 1;; esac; exit 9')
+    refused = subprocess.run(
+        script, env=old | names | {"PYTHON": "old"}, capture_output=True, text=True
+    )
+    assert refused.returncode == 1 and "too old" in refused.stderr
     for missing in names:
         left = {k: v for k, v in names.items() if k != missing}
         refused = subprocess.run(script, env=environment | left, capture_output=True, text=True)
