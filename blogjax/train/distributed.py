@@ -91,8 +91,10 @@ def detect(
                 f"{INDEX} or {JOB_INDEX}": _number(INDEX, index),
             },
         )
-    # Of a step, not of the allocation: a shell inside of one is a process on its own.
-    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+    # Of a step, not of the allocation: a shell inside of one is a process on its own, even where it
+    # is a step of one task that has the allocation's variables.
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1)))
+    if "SLURM_STEP_NODELIST" in environment and tasks > 1:
         return Processes("slurm")
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return Processes("ompi")

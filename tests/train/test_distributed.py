@@ -40,6 +40,9 @@ def no_tpu(monkeypatch):
         ((), SLURM, Processes("slurm")),
         ((), SLURM | OMPI, Processes("slurm")),
         ((), SLURM | {"SLURM_NTASKS": "1"}, None),
+        # The shell that salloc gives is a step of one task.
+        ((), SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ((), SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, Processes("slurm")),
         # Inside an allocation, but not of a step.
         ((), {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[1-2]"}, None),
         ((), OMPI, Processes("ompi")),
