@@ -16,6 +16,7 @@ import numpy as np
 
 from blogjax.train.checkpoint import Best, Checkpoints
 from blogjax.train.compiled import Compiled
+from blogjax.train.distributed import on_first
 from blogjax.train.reporting import Progress, Writer
 from blogjax.train.task import EvaluationBatches, NonfiniteLeaves, leaf_paths
 from blogjax.train.watch import Compilations, StepClock
@@ -51,13 +52,16 @@ def check_not_stopped(folder: pathlib.Path, on_nonfinite: str) -> None:
       NonfiniteError: as when it stopped.
     """
     marker = folder / _STOPPED
-    if not marker.exists():
-        return
-    record = json.loads(marker.read_text())
-    if on_nonfinite == "stop":
+
+    def look() -> dict[str, Any] | None:
+        record = json.loads(marker.read_text()) if marker.exists() else None
+        if record is not None and on_nonfinite != "stop":
+            marker.unlink()
+        return record
+
+    record = on_first(look)
+    if record is not None and on_nonfinite == "stop":
         raise NonfiniteError(record["step"], tuple(record["paths"]), record["checkpoint"])
-    if jax.process_index() == 0:
-        marker.unlink()
 
 
 @dataclasses.dataclass

@@ -12,15 +12,17 @@ import pathlib
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from blogjax.core.per_device import holds_per_device
-from blogjax.train.distributed import any_process, on_first
+from blogjax.train.distributed import OtherProcessError, any_process, on_first
+from blogjax.train.fingerprints import fingerprints
 from blogjax.train.orbax_logs import leave_out_failed_writes
 from blogjax.train.task import leaf_paths
+
+T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
@@ -31,54 +33,14 @@ class CheckpointMismatchError(ValueError):
     """A sound checkpoint holds another state than the one asked for."""
 
 
+_NO_DAMAGE = (CheckpointMismatchError, MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+
+
 class Best(NamedTuple):
     """Which checkpoint to keep besides the latest: by an evaluated metric, smallest or largest."""
 
     metric: str
     mode: Literal["min", "max"] = "min"
-
-
-@jax.jit
-def leaf_fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
-    """One uint32 per leaf, from every bit of its content.
-
-    A sum modulo 2^32 of the entries' bits times odd weights that depend on the place. Integer sums
-    are exact in any order, so the number is the same under any sharding. A single changed entry
-    changes it, since an odd weight has an inverse.
-    """
-
-    def one(x: jax.Array) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            x = jnp.stack([x.real, x.imag])
-        narrow = min(x.dtype.itemsize, 4)
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[narrow]
-        # Eight-byte entries become two of four bytes along a new last axis.
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, length in enumerate(bits.shape):
-            iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            place = place * jnp.uint32(length % 2**32) + iota
-        # Mix the place before making it odd: neighbouring weights must not be alike.
-        place = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
-        place = (place ^ (place >> 13)) * jnp.uint32(0x9E3779B1)
-        return jnp.sum(bits * (place | jnp.uint32(1)), dtype=jnp.uint32)
-
-    return [one(x) for x in leaves]
-
-
-def fingerprints(state: Any) -> dict[str, int]:
-    """Content fingerprint of each leaf, by path; equal on any mesh.
-
-    >>> a, b = (fingerprints({"w": jnp.array([1.0, x])})["w"] for x in (2.0, 2.0000002))
-    >>> a == b
-    False
-    """
-    values = jax.device_get(leaf_fingerprints(jax.tree.leaves(state)))
-    return {path: int(value) for path, value in zip(leaf_paths(state), values, strict=True)}
 
 
 def _layout(state: Any) -> dict[str, list[Any]]:
@@ -118,6 +80,33 @@ def check_content(recorded: Mapping[str, int], restored: Any) -> None:
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise CheckpointError(f"changed content in {', '.join(changed[:4])}{more}")
+
+
+def read_by_all(read: Callable[[], T]) -> T:
+    """What `read()` gives on this process, if it succeeds on all of them.
+
+    So that none goes on with a checkpoint that another one cannot read. All must call it at the
+    same place; inside of `read` only computations may wait for other processes.
+
+    Raises:
+      CheckpointError: on all processes, where one finds damage.
+      Exception: what is no fault of the checkpoint's, as it is where it was raised; on the other
+        processes `OtherProcessError`.
+    """
+    value = error = None
+    try:
+        value = read()
+    except Exception as raised:
+        error = raised
+    told = any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED"))
+    sound = told or isinstance(error, _NO_DAMAGE)
+    failed, damaged = any_process(error is not None and sound, error is not None and not sound)
+    if failed:
+        raise error if error is not None and sound else OtherProcessError("another process failed")
+    if damaged:
+        found = "another process cannot read its part of it" if error is None else damage(error)
+        raise CheckpointError(found) from error
+    return value  # type: ignore[return-value]
 
 
 def layout_differences(
@@ -205,9 +194,14 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"cannot keep checkpoints in {self.folder}: {error}") from error
         if best is not None:
-            for step in self.steps():
-                with contextlib.suppress(Exception):  # a damaged one is dealt with by `restore`
-                    self._values[step] = self._meta(step)["metrics"][best.metric]
+            self._values = on_first(lambda: self._read_values(best.metric))
+
+    def _read_values(self, metric: str) -> dict[int, float]:
+        values = {}
+        for step in self.steps():
+            with contextlib.suppress(Exception):  # a damaged one is dealt with by `restore`
+                values[step] = self._meta(step)["metrics"][metric]
+        return values
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
@@ -277,6 +271,8 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:
+            if lost := _lost_process(error):
+                raise lost from None
             which = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
             whole = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
             raise CheckpointError(
@@ -300,7 +296,8 @@ class Checkpoints:
           CheckpointError: if there are checkpoints and every one is damaged.
         """
         rejected = []
-        for step in reversed(self.steps()):
+        # As the first process sees them: what another sees of a shared folder may be older.
+        for step in reversed(on_first(self.steps)):
             try:
                 state = self._restore_one(step, abstract)
             except CheckpointError as error:
@@ -327,21 +324,9 @@ class Checkpoints:
         return epath.Path(self.folder) / str(step) / name
 
     def _restore_one(self, step: int, abstract: Any) -> Any:
-        """Raises `CheckpointError`, on all processes, where any of them finds damage."""
-        meta = state = found = None
-        try:
-            meta, state = self._read(step, abstract)
-        except (CheckpointMismatchError, MemoryError, PermissionError):
-            raise  # no fault of the checkpoint's
-        except Exception as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            found = damage(error)
-        (anywhere,) = any_process(found is not None)
-        if anywhere:
-            raise CheckpointError(found or "another process cannot read its part of it")
-        assert meta is not None
-        check_content(meta["fingerprints"], state)
+        meta, state = read_by_all(lambda: self._read(step, abstract))
+        # A process sees the copy that it holds of what is not split: they may not all be alike.
+        read_by_all(lambda: check_content(meta["fingerprints"], state))
         return state
 
     def _read(self, step: int, abstract: Any) -> tuple[dict[str, Any], Any]:
@@ -383,6 +368,14 @@ class Checkpoints:
         target = on_first(move)
         self._manager.reload()
         return target
+
+
+def _lost_process(error: BaseException) -> jax.errors.JaxRuntimeError | None:
+    """What jax says where a process has ended while others wait for it to write its part."""
+    if jax.process_count() == 1:
+        return None
+    kinds = (error, error.__cause__)  # Orbax makes a TimeoutError of it, however it came
+    return next((e for e in kinds if isinstance(e, jax.errors.JaxRuntimeError)), None)
 
 
 def damage(error: BaseException) -> str:

@@ -1,24 +1,33 @@
 """Part of a checkpoint into another state: fine-tuning, another head, another optimiser.
 
 `Checkpoints.restore` refuses a state that differs in one leaf; here the leaves that fit are taken,
-under any mesh, the others stay, and a report says which. The other run's folder is only read.
+under any mesh, the others stay, and a report says which. The other run's folder is only read. Of
+several processes all must call it; what one of them cannot read none of them takes.
 """
 
 import difflib
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from blogjax.train.checkpoint import CheckpointError, check_content, check_description, damage
+from blogjax.train.checkpoint import (
+    CheckpointError,
+    check_content,
+    check_description,
+    read_by_all,
+)
+from blogjax.train.distributed import on_first
 from blogjax.train.mesh import sharding_of
 from blogjax.train.restore_report import Mismatch, RestoreReport, nodes
 from blogjax.train.task import leaf_paths
 
 __all__ = ["Mismatch", "RestoreReport", "restore_partial"]
+
+T = TypeVar("T")
 
 
 def restore_partial(
@@ -80,15 +89,12 @@ def restore_partial(
     wanted = dict(zip(leaf_paths(state), leaves, strict=True))
     chosen = _matching("include", include, wanted) - _matching("exclude", exclude, wanted)
     reader = _Reader(folder, step)
-    try:
-        meta = reader.description()
-        sources = _sources(wanted, rename or {}, meta["layout"])
-        report = _compare(reader, wanted, chosen, sources, meta["layout"], cast)
-        if not report.taken:
-            raise ValueError(f"nothing to take: {report}")
-        read = reader.read({source: wanted[path] for path, source in report.taken.items()}, meta)
-    finally:
-        reader.close()
+    meta = reader.description()
+    sources = _sources(wanted, rename or {}, meta["layout"])
+    report = _compare(reader, wanted, chosen, sources, meta["layout"], cast)
+    if not report.taken:
+        raise ValueError(f"nothing to take: {report}")
+    read = reader.read({source: wanted[path] for path, source in report.taken.items()}, meta)
     placed = set()
     for path, source in report.taken.items():
         value, leaf = read[source], wanted[path]
@@ -106,87 +112,70 @@ class _Reader:
 
     def __init__(self, folder: str | pathlib.Path, step: int | None):
         import orbax.checkpoint as ocp
+        from etils import epath
 
         self._ocp: Any = ocp
-        folder = pathlib.Path(folder).absolute()
-        self.folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-        if not self.folder.is_dir():
-            raise CheckpointError(f"there is no folder {self.folder}")
-        self._manager: Any = ocp.CheckpointManager(
-            self.folder,
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False),
-        )
-        self.steps = sorted(self._manager.all_steps())
+        # A run that goes on saves and deletes: all processes take what the first one saw.
+        self.folder, self.steps = on_first(lambda: _checkpoints(pathlib.Path(folder).absolute()))
         if not self.steps:
-            self.close()
             raise CheckpointError(f"there is no checkpoint in {self.folder}")
         if step is not None and step not in self.steps:
-            self.close()
             raise ValueError(f"no checkpoint of step {step} in {self.folder}; it has {self.steps}")
         self.step: int = self.steps[-1] if step is None else step
-
-    def close(self) -> None:
-        self._manager.close()
+        self._items = epath.Path(self.folder) / str(self.step)
 
     def description(self) -> dict[str, Any]:
         """Its layout and fingerprints."""
-        args = self._ocp.args
-        with _Damage(self):
-            meta = self._manager.restore(self.step, args=args.Composite(meta=args.JsonRestore()))
-            return check_description(meta.meta, self.step)
+        handler = self._ocp.JsonCheckpointHandler()
+        return self._sound(
+            lambda: check_description(handler.restore(self._items / "meta"), self.step)
+        )
 
     def read(self, leaves: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The leaves of these paths, in the dtypes they were saved in, each lying as given."""
-        ocp, args = self._ocp, self._ocp.args
-        with _Damage(self):
-            tree = self._manager.item_metadata(self.step)["state"].tree
-            paths = leaf_paths(jax.tree.map(lambda _: 0, tree))
-            structure = jax.tree.structure(jax.tree.map(lambda _: 0, tree))
-            targets: dict[str, Any] = dict.fromkeys(paths, ocp.PLACEHOLDER)
-            how: dict[str, Any] = dict.fromkeys(paths, ocp.RestoreArgs())
-            for path, leaf in leaves.items():
-                shape, name = meta["layout"][path]
-                dtype = leaf.dtype if str(leaf.dtype) == name else jnp.dtype(name)
-                target = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(leaf))
-                targets[path] = target
-                how[path] = ocp.checkpoint_utils.construct_restore_args(target)
-            restored = self._manager.restore(
-                self.step,
-                args=args.Composite(
-                    state=args.PyTreeRestore(
-                        item=structure.unflatten(targets[p] for p in paths),
-                        restore_args=structure.unflatten(how[p] for p in paths),
-                    )
-                ),
-            ).state
-            found = dict(zip(paths, structure.flatten_up_to(restored), strict=True))
-            taken = {path: found[path] for path in leaves}
-            check_content(meta["fingerprints"], taken)
-            return taken
+        taken = self._sound(lambda: self._read(leaves, meta["layout"]))
+        self._sound(lambda: check_content(meta["fingerprints"], taken))
+        return taken
+
+    def _read(self, leaves: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[str, jax.Array]:
+        ocp, handler = self._ocp, self._ocp.PyTreeCheckpointHandler()
+        tree = jax.tree.map(lambda _: 0, handler.metadata(self._items / "state").tree)
+        paths, structure = leaf_paths(tree), jax.tree.structure(tree)
+        targets: dict[str, Any] = dict.fromkeys(paths, ocp.PLACEHOLDER)
+        how: dict[str, Any] = dict.fromkeys(paths, ocp.RestoreArgs())
+        for path, leaf in leaves.items():
+            shape, name = layout[path]
+            dtype = leaf.dtype if str(leaf.dtype) == name else jnp.dtype(name)
+            target = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(leaf))
+            targets[path] = target
+            how[path] = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(
+            item=structure.unflatten(targets[p] for p in paths),
+            restore_args=structure.unflatten(how[p] for p in paths),
+        )
+        restored = handler.restore(self._items / "state", args=args)
+        found = dict(zip(paths, structure.flatten_up_to(restored), strict=True))
+        return {path: found[path] for path in leaves}
+
+    def _sound(self, read: Callable[[], T]) -> T:
+        """Tells in one line what is wrong with the checkpoint, and which others there are."""
+        try:
+            return read_by_all(read)
+        except CheckpointError as error:
+            others = [step for step in self.steps if step != self.step]
+            raise CheckpointError(
+                f"checkpoint {self.step} in {self.folder} is damaged: {error}; "
+                + (f"step= takes one of the others: {others}" if others else "there is no other")
+            ) from error
 
 
-class _Damage:
-    """Tells in one line what is wrong with a checkpoint, and which others there are."""
-
-    def __init__(self, reader: _Reader):
-        self._reader = reader
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, (MemoryError, PermissionError)):
-            return
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return
-        others = [step for step in self._reader.steps if step != self._reader.step]
-        raise CheckpointError(
-            f"checkpoint {self._reader.step} in {self._reader.folder} is damaged: {damage(error)}; "
-            + (f"step= takes one of the others: {others}" if others else "there is no other")
-        ) from error
+def _checkpoints(folder: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
+    """The folder of a run's checkpoints, and the steps of those that are finished."""
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    return folder, sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def _compare(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from blogjax.core.per_device import map_kinds, partition_specs
-from blogjax.train.checkpoint import leaf_fingerprints
+from blogjax.train.fingerprints import leaf_fingerprints
 from blogjax.train.task import Task
 
 View = Literal["jit", "pmap", "shard_map"]
