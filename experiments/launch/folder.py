@@ -8,13 +8,15 @@ import pathlib
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from blogjax.train import distributed
 from experiments.launch import processes
 
 # A network file system may show a new file to other hosts only after a minute.
 _SHARED_SECONDS = 90.0
+# And it may keep the lock of a host that was lost until it has missed it for a while.
+_LOCK_SECONDS = 120.0
 
 
 class FolderError(RuntimeError):
@@ -58,11 +60,22 @@ def _lock(folder: pathlib.Path) -> Iterator[contextlib.ExitStack]:
     """Keeps other processes out of a folder; closes what is entered into the stack."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context((folder / ".lock").open("w"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FolderError(f"another process is running in {folder}") from error
+        deadline = time.monotonic() + (0.0 if processes.alone() else _LOCK_SECONDS)
+        while not _locked(file, folder):
+            if time.monotonic() >= deadline:
+                raise FolderError(f"another process is running in {folder}")
+            time.sleep(0.5)
         yield stack
+
+
+def _locked(file: IO[str], folder: pathlib.Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems know no locks
+        print(f"{folder} cannot be locked ({error}): see to it that no other run is in it")
+    return True
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
@@ -78,7 +91,7 @@ def _check_shared(workdir: pathlib.Path) -> None:
     distributed.on_first(mark.touch)
     deadline = time.monotonic() + _SHARED_SECONDS
     # The list of names, for a network file system may remember for long that a name was not there.
-    while not (seen := workdir.is_dir() and mark.name in os.listdir(workdir)):
+    while not (seen := _sees(mark)):
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
@@ -87,6 +100,13 @@ def _check_shared(workdir: pathlib.Path) -> None:
     if unseen:
         who = "another process does" if seen else "this process does"
         raise FolderError(f"{who} not see what process 0 writes to {workdir}; all must share it")
+
+
+def _sees(mark: pathlib.Path) -> bool:
+    try:
+        return mark.name in os.listdir(mark.parent)
+    except OSError:
+        return False
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

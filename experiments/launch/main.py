@@ -9,8 +9,8 @@ page to read, `report.html`. Started again, an unfinished run goes on and a fini
 table. `--profile` writes a trace of those steps, for TensorBoard or Perfetto, to `profile/` in the
 folder of each training run. The flags of the last line make this one of several processes of one
 run; `experiments.launch.processes` says what is found out without them. Exit codes: 0 done,
-1 error, 2 bad config or flags, 75 interrupted, or broken off by the loss of another process, and
-resumable.
+1 error, 2 bad config or flags, 75 interrupted, or broken off because another process was lost or
+did not come, and resumable.
 """
 
 import contextlib
@@ -55,7 +55,8 @@ def main(run: Run) -> None:
     except ConfigError as error:
         _fail(str(error), BAD_CONFIG)
     except ConnectionError as error:
-        _fail(str(error), ERROR)
+        print(f"error: {error}; go on, on all of them, with:\n  {_command()}", file=sys.stderr)
+        processes.leave(INTERRUPTED, connected=False)
     signal.signal(signal.SIGTERM, _interrupt)
     leave_out_closed_loops()
     try:
@@ -197,7 +198,7 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
     if record is not None:
         _tell_finished(workdir, record)
         return
-    write_json(stored, {"name": name, "config": wanted})
+    on_first(lambda: write_json(stored, {"name": name, "config": wanted}))
     began = time.time()
     _use_compilation_cache()
     try:
@@ -222,7 +223,7 @@ def _launch(run: Run, config: ConfigDict, name: str, workdir: pathlib.Path) -> N
         "resumed": resumed,
         **_surroundings(),
     }
-    write_json(finished, record)
+    on_first(lambda: write_json(finished, record))
     print()
     print_claims(result.claims)
     _tell_files(workdir, result.pictures)

@@ -9,6 +9,7 @@ command and a `--workdir` that they share.
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from blogjax.train import distributed
+from blogjax.train.interrupt import STOP_SIGNALS
 from experiments.launch import configs
 from experiments.launch.configs import ConfigError
 
@@ -40,22 +42,25 @@ def start(values: Any) -> None:
     """Joins the other processes, if there are any; the first one speaks for all.
 
     Raises:
-      ConfigError: if the flags or the environment are at odds.
-      ConnectionError: if the processes do not find each other.
+      ConfigError: if the flags or the environment are at odds, or the cluster that the environment
+        speaks of does not say what jax needs.
+      ConnectionError: if the processes do not find each other: one may come later.
     """
+    import jax
+
     try:
         found = distributed.detect(
             values.coordinator_address, values.num_processes, values.process_id
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    why = f"looked for because of {found and found.source}; --num_processes=1 runs one on its own"
     try:
         distributed.start(found, heartbeat_seconds=values.heartbeat_seconds)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConnectionError(f"the processes did not find each other: {error}; {why}") from error
     except (RuntimeError, ValueError) as error:
-        raise ConnectionError(
-            f"the processes did not find each other: {error}; they were looked for because of "
-            f"{found and found.source}, --num_processes=1 runs one on its own"
-        ) from error
+        raise ConfigError(f"the processes cannot find each other: {error}; {why}") from error
     if found is not None and not distributed.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
 
@@ -64,14 +69,17 @@ def check_same(config: ConfigDict, name: str, workdir: Any) -> None:
     """Refuses processes that were started with different configs or folders.
 
     Raises:
-      ConfigError: naming what differs.
+      ConfigError: on all processes; those that differ from the first one name what does.
     """
     mine = {"config": name, "workdir": str(workdir), **configs.to_json(config)}
     first = distributed.on_first(lambda: mine)
     different = configs.differences(first, mine)
+    (anywhere,) = distributed.any_process(bool(different))
     if different:
         lines = "\n".join(f"  {line}" for line in different)
         raise ConfigError(f"this process differs from process 0 (there):\n{lines}")
+    if anywhere:
+        raise ConfigError("another process was started with another config or folder, and says so")
 
 
 def alone() -> bool:
@@ -82,7 +90,8 @@ def alone() -> bool:
     """
     import jax
 
-    return jax.process_count() == 1
+    # Without the first condition a bad flag would be told of only after devices were looked for.
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def everywhere() -> str:
@@ -94,17 +103,24 @@ def everywhere() -> str:
     return "" if alone() else ", on all processes,"
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, connected: bool = True) -> NoReturn:
     """Ends this process; one of several does so without waiting for the others.
 
     At an orderly exit jax waits for all processes, which would be for minutes where one of them has
     failed and the others wait for it in the middle of a step.
+
+    Args:
+      code: the exit code; no signal changes it any more.
+      connected: False where the processes have not found each other, and jax can say nothing.
     """
-    if code == 0 or alone():
+    if connected and (code == 0 or alone()):
         sys.exit(code)
+    # What starts the processes may end all as soon as it has seen one of them fail.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
-    if distributed.is_first():
+    if connected and distributed.is_first():
         time.sleep(_LAST_WORDS_SECONDS)
     os._exit(code)
 

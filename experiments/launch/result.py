@@ -143,7 +143,8 @@ def measured_once(path: pathlib.Path, measure: Callable[[], Any]) -> Any:
       What was measured, as JSON has it: NaN is None.
     """
     if not on_first(path.exists):
-        write_json(path, measure())
+        measured = measure()
+        on_first(lambda: write_json(path, measured))
     return on_first(lambda: json.loads(path.read_text()))
 
 
