@@ -137,8 +137,11 @@ def start(processes: Processes | None, *, heartbeat_seconds: int = 100) -> None:
       heartbeat_seconds: after so long without a sign of life a process counts as dead, and jax
         ends the others.
 
+    If the processes do not find each other within five minutes, jax ends this one with SIGABRT.
+
     Raises:
-      RuntimeError: if the processes do not find each other within five minutes.
+      RuntimeError: if a device has been used already, or it was started before.
+      ValueError: if the cluster does not tell what was left to it.
     """
     if processes is None:
         return

@@ -11,6 +11,7 @@ command and a `--workdir` that they share.
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from typing import Any, NoReturn
@@ -25,6 +26,9 @@ from experiments.launch.configs import ConfigError
 # So that another process that fails for the same reason can say so before the first one, which
 # keeps them all together, is gone.
 _LAST_WORDS_SECONDS = 2.0
+# After so long without the others, what is being waited for is worth a line: after five minutes jax
+# ends the process with SIGABRT and its own words, of a task that has died.
+_PATIENCE_SECONDS = 30.0
 FLAGS = ("coordinator_address", "num_processes", "process_id", "heartbeat_seconds")
 
 
@@ -44,7 +48,8 @@ def start(values: Any) -> None:
     Raises:
       ConfigError: if the flags or the environment are at odds, or the cluster that the environment
         speaks of does not say what jax needs.
-      ConnectionError: if the processes do not find each other: one may come later.
+      ConnectionError: if jax says that they do not find each other: one may come later. As a rule
+        it ends the process instead, after five minutes and with SIGABRT.
     """
     import jax
 
@@ -54,14 +59,24 @@ def start(values: Any) -> None:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    why = f"looked for because of {found and found.source}; --num_processes=1 runs one on its own"
+    if found is None:
+        return
+    why = f"looked for because of {found.source}; --num_processes=1 runs one on its own"
+    where = f" at {found.coordinator_address}" if found.coordinator_address else ""
+    text = f"still waiting for the other processes{where}, {why}; after five minutes jax gives up"
+    how = {"file": sys.stderr, "flush": True}
+    waiting = threading.Timer(_PATIENCE_SECONDS, print, (text,), how)
+    waiting.daemon = True
+    waiting.start()
     try:
         distributed.start(found, heartbeat_seconds=values.heartbeat_seconds)
     except jax.errors.JaxRuntimeError as error:
         raise ConnectionError(f"the processes did not find each other: {error}; {why}") from error
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the processes cannot find each other: {error}; {why}") from error
-    if found is not None and not distributed.is_first():
+    finally:
+        waiting.cancel()
+    if not distributed.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
 
 

@@ -6,7 +6,9 @@ import fcntl
 import os
 import signal
 import sys
+import threading
 import time
+import types
 
 import jax
 import pytest
@@ -67,6 +69,22 @@ def test_processes_that_have_not_found_each_other_can_be_started_again(
     told = capsys.readouterr().err
     assert "did not find each other: DEADLINE_EXCEEDED: no others" in told
     assert "because of flags" in told and "go on, on all of them, with:" in told
+
+
+def test_who_waits_long_for_the_others_says_why(monkeypatch, capsys):
+    """Jax says nothing, and at last that a task has died."""
+    values = types.SimpleNamespace(
+        coordinator_address="host:80", num_processes=2, process_id=0, heartbeat_seconds=100
+    )
+    told = threading.Event()
+    monkeypatch.setattr(distributed, "start", lambda found, **options: told.wait(0.3))
+    processes.start(values)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(processes, "_PATIENCE_SECONDS", 0.0)
+    processes.start(values)
+    said = capsys.readouterr().err
+    assert "still waiting for the other processes at host:80, looked for because of flags" in said
+    assert "--num_processes=1 runs one on its own" in said
 
 
 @pytest.mark.parametrize("mine", [1, 2])

@@ -33,7 +33,16 @@ def test_both_hear_what_the_first_one_says(tmp_path):
     # Each reads its own parts of the one file that the first one wrote.
     assert first.pop("own_parts") == [[0, 1], [2, 3]]
     assert second.pop("own_parts") == [[4, 5], [6, 7]]
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints", "damaged_checkpoints", "x"
+    ]  # fmt: skip
+    for said in (first, second):
+        assert said["restored"]["sound"] == [[2, True], [2, True]]
+        assert said["restored"]["whole"] == [1, True]
+    # None takes a part, and the one that has read the damage says what it is.
+    for said, mine in ((first, False), (second, True)):
+        told = said.pop("restored")["part"]
+        assert told.startswith("another process") != mine and told.endswith("others: [1]")
     assert second == {
         "value": {"index": 0, "text": "x" * 5000},
         "nothing": None,

@@ -1,13 +1,16 @@
 """One of two processes: prints what it is told by the other. Arguments: address, index, file."""
 
 import json
+import pathlib
 import sys
 
 import jax
 import numpy as np
 
 from blogjax.train import distributed
+from blogjax.train.checkpoint import CheckpointError, Checkpoints
 from blogjax.train.export import export_safetensors, import_safetensors
+from blogjax.train.partial_restore import restore_partial
 
 
 class TwoPartsError(Exception):
@@ -42,6 +45,36 @@ def exported(path: str, parts: jax.Array) -> list[list[float]]:
     return [shard.data.tolist() for shard in read.addressable_shards]
 
 
+def restored(folder: pathlib.Path, sharding: jax.sharding.Sharding) -> dict[str, object]:
+    """Whole and in part; then with the part of the second process damaged, which alone reads it."""
+    numbers = np.random.default_rng(0).normal(size=8192).astype(np.float32)
+    parts = jax.make_array_from_callback((8192,), sharding, lambda i: numbers[i])
+    checkpoints = Checkpoints(folder, warn=lambda text: None)
+    for step in (1, 2):
+        checkpoints.save(step, {"x": parts * step})
+    checkpoints.wait()
+    like = {"x": jax.ShapeDtypeStruct(parts.shape, parts.dtype, sharding=sharding)}
+
+    def whole():
+        step, state = checkpoints.restore(like)
+        return step, bool((distributed.fetch(state)["x"] == step * numbers).all())
+
+    def part():
+        try:
+            state, report = restore_partial(folder, {"x": parts, "new": parts})
+            return report.step, bool((distributed.fetch(state)["x"] == 2 * numbers).all())
+        except CheckpointError as error:
+            return str(error).partition(" is damaged: ")[2]
+
+    sound = [whole(), part()]
+    distributed.barrier("read")
+    if distributed.is_first():
+        for path in (folder / "2" / "state").glob("ocdbt.process_1/d/*"):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    distributed.barrier("damaged")
+    return {"sound": sound, "part": part(), "whole": whole()}
+
+
 def main(address: str, index: int, path: str) -> None:
     distributed.start(distributed.detect(address, 2, index), heartbeat_seconds=20)
     mesh = jax.make_mesh((4,), ("data",))
@@ -59,6 +92,7 @@ def main(address: str, index: int, path: str) -> None:
         "addressable": parts.is_fully_addressable,
         "parts": distributed.fetch({"x": parts})["x"].tolist(),
         "own_parts": exported(path, parts),
+        "restored": restored(pathlib.Path(path).with_name("checkpoints"), parts.sharding),
     }
     distributed.barrier("end")
     print(json.dumps(told))
