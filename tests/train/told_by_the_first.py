@@ -56,7 +56,9 @@ def restored(folder: pathlib.Path, sharding: jax.sharding.Sharding) -> dict[str,
     like = {"x": jax.ShapeDtypeStruct(parts.shape, parts.dtype, sharding=sharding)}
 
     def whole():
-        step, state = checkpoints.restore(like)
+        found = checkpoints.restore(like)
+        assert found is not None
+        step, state = found
         return step, bool((distributed.fetch(state)["x"] == step * numbers).all())
 
     def part():
