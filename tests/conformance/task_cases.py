@@ -243,7 +243,9 @@ def multitask(tx: optax.GradientTransformation, axis_name: str | None = None, **
 
 CASES = {
     "noisy_regression": Case(noisy_regression, _regression_data()),
-    "batch_norm_regression": Case(batch_norm_regression, _regression_data(), rows_interact=True),
+    "batch_norm_regression": Case(
+        batch_norm_regression, _regression_data(), rows_interact=True, slow=True
+    ),
     "adversarial": Case(adversarial, _regression_data(), hands=2, slow=True),
     "multitask": Case(
         functools.partial(multitask, combiner="gradient_normalized"), _regression_data(), slow=True

@@ -133,7 +133,7 @@ def test_one_device_is_eight(case):
     close(jax.device_get(params), expected)
 
 
-@pytest.mark.parametrize("view", ["shard_map", "pmap"])
+@pytest.mark.parametrize("view", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_per_device(case, view):
     """On replicas that see equal gradients it needs no collective and stays equal."""
     tx = case.make(case.lr)

@@ -109,7 +109,9 @@ def test_every_step_has_the_mean_and_the_noise_of_float64(key, options):
     assert np.abs(np.corrcoef(noises) - np.eye(steps)).max() < 0.06
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "score"])
+@pytest.mark.parametrize(
+    "prediction", ["eps", *(pytest.param(p, marks=pytest.mark.slow) for p in ("x0", "v", "score"))]
+)
 def test_ddim_and_ddpm_end_at_the_moments_of_the_float64_recursion(key, prediction):
     mean, root = np.array([0.4, -1.0]), np.array([[1.0, 0.0], [0.7, 0.5]])
     covariance = root @ root.T

@@ -178,7 +178,7 @@ def _direction(name, noisy, clean, theta, pixels, errors):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=[] if n in ("primary_auxiliary", "masked") else pytest.mark.slow)
+        pytest.param(n, marks=[] if n == "primary_auxiliary" else pytest.mark.slow)
         for n in noisy_labels.METHODS
     ],
 )

@@ -62,7 +62,13 @@ def test_groups_must_divide():
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((2, 3, 5, 12), 3), ((2, 12), 4), ((3, 7, 6), 1), ((1, 2, 3, 4, 8), 8)]
+    ("shape", "groups"),
+    [
+        ((2, 3, 5, 12), 3),
+        ((2, 12), 4),
+        pytest.param((3, 7, 6), 1, marks=pytest.mark.slow),
+        pytest.param((1, 2, 3, 4, 8), 8, marks=pytest.mark.slow),
+    ],
 )
 def test_group_norm_and_its_gradients_are_flaxs(key, shape, groups):
     with jax.enable_x64(True):

@@ -79,7 +79,10 @@ def test_a_nan_is_told_where_nobody_abstains():
     np.testing.assert_array_equal(got, [[np.nan, -1.0]] * 3)
 
 
-@pytest.mark.parametrize("voters", [2, 7, 8, 33])
+@pytest.mark.parametrize(
+    "voters",
+    [2, 8, pytest.param(7, marks=pytest.mark.slow), pytest.param(33, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("abstain", [0.0, 0.5], ids=["all vote", "some abstain"])
 def test_many_voters_and_entries(voters, abstain):
     rng = np.random.default_rng(voters)

@@ -299,7 +299,13 @@ def test_bad_input_is_refused():
         tx.update(ones, tx.init(ones))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 1), (5, 4), (2, 3, 5), (0,), (4, 0)])
+MORE_SHAPES = [(1,), (7,), (3, 1), (2, 3, 5), (4, 0)]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(), (5, 4), (0,), *(pytest.param(s, marks=pytest.mark.slow) for s in MORE_SHAPES)],
+)
 def test_any_shape(shape):
     """A third of the way up, each entry by itself: no entry is always up or always down."""
     keys = jax.random.split(jax.random.key(0), 60)
