@@ -7,6 +7,7 @@ while the device has work.
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -171,7 +172,9 @@ class Bookkeeper:
             saved = max(self.checkpoints.steps(), default=None)
         if self.writer.folder is not None and recoverable:
             record = {"step": step, "paths": list(paths), "checkpoint": saved}
-            (self.writer.folder / _STOPPED).write_text(json.dumps(record))
+            temporary = self.writer.folder / f"{_STOPPED}.tmp"
+            temporary.write_text(json.dumps(record))
+            os.replace(temporary, self.writer.folder / _STOPPED)  # half a note would stop all
         raise NonfiniteError(step, paths, saved, state)
 
     def evaluate(self, step: int, state: Any) -> Mapping[str, float] | None:

@@ -370,7 +370,7 @@ class Checkpoints:
         return target
 
 
-def _lost_process(error: BaseException) -> Exception | None:
+def _lost_process(error: BaseException) -> BaseException | None:
     """What jax says where a process has ended while others wait for it to write its part."""
     if jax.process_count() == 1:
         return None

@@ -18,7 +18,8 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x $PYTHON ] || make .venv/.train-installed || exit 1
 fi
 [ $# -gt 0 ] || set -- experiments.ddpm --config=configs/ddpm.py:smoke --workdir=runs/two_processes
-export BLOGJAX_COMMAND=${BLOGJAX_COMMAND:-$0 $*}
+printf -v arguments ' %q' "$@"
+export BLOGJAX_COMMAND=${BLOGJAX_COMMAND:-$0$arguments}
 export JAX_NUM_CPU_DEVICES=${DEVICES:-4} JAX_PLATFORMS=cpu
 port=$("$PYTHON" -c 'import socket
 with socket.socket() as s:
