@@ -61,9 +61,13 @@ def _lock(folder: pathlib.Path) -> Iterator[contextlib.ExitStack]:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context((folder / ".lock").open("w"))
         deadline = time.monotonic() + (0.0 if processes.alone() else _LOCK_SECONDS)
+        told = False
         while not _locked(file, folder):
             if time.monotonic() >= deadline:
                 raise FolderError(f"another process is running in {folder}")
+            if not told:
+                print(f"another process is running in {folder}, or was lost: waiting", flush=True)
+                told = True
             time.sleep(0.5)
         yield stack
 

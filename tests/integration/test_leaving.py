@@ -112,7 +112,7 @@ def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, 
     assert "cannot be locked" in capsys.readouterr().out
 
 
-def test_several_processes_wait_for_a_lock_that_a_lost_host_has_left(tmp_path, monkeypatch):
+def test_several_processes_wait_for_a_lock_that_a_lost_host_has_left(tmp_path, monkeypatch, capsys):
     now = [0.0]
 
     def sleep(seconds):
@@ -126,7 +126,8 @@ def test_several_processes_wait_for_a_lock_that_a_lost_host_has_left(tmp_path, m
     monkeypatch.setattr(time, "sleep", sleep)
     with pytest.raises(folder.FolderError, match="another process is running"):
         held(tmp_path)
-    assert now == [0.0]
+    assert now == [0.0] and capsys.readouterr().out == ""
     monkeypatch.setattr(processes, "alone", lambda: False)
     assert held(tmp_path)
     assert 30 < now[0] < 31
+    assert capsys.readouterr().out.count("or was lost: waiting") == 1
