@@ -7,9 +7,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from process_pair import wait_for_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -45,16 +45,6 @@ def started(folder: pathlib.Path, environment: dict[str, str]) -> subprocess.Pop
         [*RUN, f"--workdir={folder}"], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-
-
-def wait_for_checkpoint(folder: pathlib.Path, after: int, process: subprocess.Popen) -> int:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        steps = [int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
-        if steps and max(steps) > after:
-            return max(steps)
-        time.sleep(0.02)
-    raise AssertionError(f"no checkpoint after {after}: {process.communicate()[0]}")
 
 
 def test_killed_three_times_it_ends_with_the_same_bits(tmp_path, environment, uninterrupted):
